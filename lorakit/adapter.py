@@ -1,0 +1,209 @@
+"""What an adapter is: a frozen linear map plus a trainable low-rank update.
+
+    y = W x + b + dW x,    dW = B A
+
+Symbols, used in this package and nowhere redefined (capitals: matrices; lower case: vectors, scalars)
+
+    n, m   input and output width of the wrapped linear
+    r      rank at the start, a ceiling;   k   live rank, 0 <= k <= r
+    x      (..., n)  input                 W   (m, n)  frozen weight
+    A      (r, n)    down-projection       B   (m, r)  up-projection
+    g      (r,)      gates                 s   scale of the update, alpha / r
+
+The scale is fixed at the start and never follows the live rank: ranks may die without rescaling
+those that live.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar, final
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from lorakit.base import device_of, widths
+from lorakit.schema import Section
+
+
+class VariantConfig(Section):
+    """The settings every variant has. A variant adds its own by subclassing."""
+
+    variant: str
+    """The method: the name of a file in `lorakit/variants/`."""
+    rank: PositiveInt = 16
+    """r: the rank every adapted linear starts with; a ceiling where ranks are learned."""
+    alpha: PositiveFloat = 16.0
+    """The update is scaled by s = alpha / rank, in every linear, whatever its own rank becomes."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout on the input of the update; the base model's own path is untouched."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """The linears to adapt: `all-linear` (never the head), or names; a name is the end of a
+    module's dotted name (`query`, `attention.output.dense`) or a regular expression for all of
+    it."""
+    exclude: tuple[str, ...] = ()
+    """Names, as in `targets`, to leave out."""
+    layers: str | None = Field(None, pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
+    """Blocks to adapt, counted from 0: `0-3,5`. null: all."""
+    ranks: dict[str, NonNegativeInt] = Field(default_factory=dict)
+    """Own start ranks, by name as in `targets`; 0 leaves a linear out. The scale stays."""
+    also_train: tuple[str, ...] = ()
+    """Modules to train and save whole besides the head, by the end of their dotted names."""
+    init_from: str | None = None
+    """A run, checkpoint or PEFT folder whose adapter and head training goes on from."""
+    ranks_from: str | None = None
+    """A run, checkpoint or PEFT folder whose ranks a fresh adapter starts with."""
+
+    @property
+    def scale(self) -> float:
+        """s, the same for every linear."""
+        return self.alpha / self.rank
+
+
+class Factors(NamedTuple):
+    """The plain pair a layer reduces to: dW = B A, scales and gates folded in, dead ranks gone."""
+
+    A: Tensor  # (k, n)
+    B: Tensor  # (m, k)
+
+    @property
+    def rank(self) -> int:
+        """k."""
+        return self.A.shape[0]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored: k (n + m)."""
+        return self.A.numel() + self.B.numel()
+
+
+class Plan(NamedTuple):
+    """What is decided for one linear before training."""
+
+    rank: int  # r >= 1; a linear with rank 0 has no plan
+    scale: float  # s
+    start: Factors | None = None  # the pair to go on from; its own scale is folded in
+
+
+class Adapter(nn.Module, ABC):
+    """A linear layer and its update. Subclasses say what the update is, and are final.
+
+    Parameters are float32 whatever the base is stored in: a bfloat16 weight of size 1 cannot take
+    a step below 2^-8.
+    """
+
+    def __init__(self, base: nn.Module, config: VariantConfig, plan: Plan) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.n, self.m = widths(base)
+        self.r, self.scale = plan.rank, plan.scale
+        self.dropout = nn.Dropout(config.dropout)
+
+    @final  # type: ignore[misc]  # nn.Module declares forward as an attribute
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + b + dW x, for x (..., n) to (..., m), in the base's precision."""
+        y: Tensor = self.base(x)
+        return y + self.update(self.dropout(x)).to(y.dtype)
+
+    @abstractmethod
+    def update(self, x: Tensor) -> Tensor:
+        """dW x, for x (..., n) of any precision to (..., m) in float32."""
+
+    @abstractmethod
+    def factors(self) -> Factors:
+        """The plain pair (A, B) with B A equal to dW in evaluation, and dead ranks left out.
+
+        Detached, in float32. Draws no random number and changes no state: it is called to look.
+        """
+
+    def rank(self) -> int:
+        """k, the live rank now."""
+        return self.r
+
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        """Optimizer settings of single parameters: `{"g": {"lr": 1e-2, "weight_decay": 0.0}}`.
+
+        `lr` replaces the recipe's peak rate, `lr_scale` multiplies it.
+        """
+        return {}
+
+    @final
+    def own_state(self) -> dict[str, Tensor]:
+        """The state dict without the frozen base: what a checkpoint holds of this layer."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("base.")}
+
+
+def plain_parameters(base: nn.Module, plan: Plan) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B as LoRA starts them, A ~ U(-1/sqrt(n), 1/sqrt(n)) and B = 0, or from `plan.start`.
+
+    The bound is Kaiming's with a = sqrt(5), the init of nn.Linear and of the LoRA authors' code
+    (microsoft/LoRA, loralib/layers.py).
+    """
+    n, m = widths(base)
+    A = torch.empty(plan.rank, n, device=device_of(base))
+    B = torch.zeros(m, plan.rank, device=device_of(base))
+    if plan.start is None:
+        nn.init.kaiming_uniform_(A, a=5**0.5)
+    else:
+        A.copy_(plan.start.A)
+        B.copy_(plan.start.B / plan.scale)
+    return nn.Parameter(A), nn.Parameter(B)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a controller is told about the optimizer's step just taken."""
+
+    step: int
+    """Counts from 1."""
+    steps: int
+    """How many the run has."""
+    rate: Callable[[nn.Parameter], float]
+    """The learning rate a parameter's group has just been moved with."""
+
+
+L = TypeVar("L", bound=Adapter)
+C = TypeVar("C", bound=VariantConfig)
+
+
+class Controller(Generic[L, C]):
+    """What a variant does around the optimizer's step. This one does nothing.
+
+    The loop calls it at fixed points, always, and never asks which variant it has.
+    """
+
+    def __init__(self, layers: Mapping[str, L], config: C, steps: int) -> None:
+        self.layers, self.config, self.steps = layers, config, steps
+
+    def after_step(self, ctx: Step) -> None:
+        """Called after the optimizer moved the weights, gradients still present."""
+
+    def settled(self) -> bool:
+        """Whether ranks have come to rest; until then no checkpoint is called the best."""
+        return True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a resumed run needs to go on as if it had never stopped."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`."""
+        assert not state, f"{type(self).__name__} keeps no state, got {sorted(state)}"
+
+
+class Promises(NamedTuple):
+    """What a variant's adapters keep to. A law is not asked of a variant that does not promise it."""
+
+    exact_start: bool = True  # fresh, the model's output is the base model's bit for bit
+    low_rank: bool = True  # factors() answers
+    exchangeable_ranks: bool = True  # permuting the ranks of a layer changes nothing
+
+
+class Variant(NamedTuple):
+    """A method, whole: its settings, its layer, and what it does around the step."""
+
+    config: type[VariantConfig]
+    layer: Callable[[nn.Module, Any, Plan], Adapter]
+    controller: type[Controller[Any, Any]] = Controller
+    promises: Promises = Promises()

@@ -1,0 +1,131 @@
+"""Rows of text with labels, from users' own files."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import Field, NonNegativeInt
+
+from lorakit.data.sources import Rows, read_file, read_folder
+from lorakit.errors import DataError
+from lorakit.places import locate
+from lorakit.schema import Section
+
+
+class DataSection(Section):
+    """The rows of a classification task: a .csv, .tsv or .jsonl file, or a folder that holds one
+    folder of text files for each label."""
+
+    train: str
+    """A path, or `package:DISTRIBUTION/PATH`."""
+    validation: str | None = None
+    """As `train`; null: split off from `train`."""
+    held_out: float = Field(0.2, gt=0.0, lt=1.0)
+    """Share of `train` to split off where `validation` is null, label by label."""
+    split_seed: NonNegativeInt = 0
+    """Of the split; not the run's seed, so that runs of several seeds are scored on the same rows."""
+    text: str | tuple[str, str] = "text"
+    """Column of the text, or columns of a pair of texts."""
+    label: str = "label"
+    """Column of the label."""
+    labels: tuple[str, ...] | None = None
+    """All labels, in the order of the head's outputs; null: those of the rows, in alphabetical
+    order."""
+    deduplicate: bool = True
+    """Drop rows whose text was seen before, so that no text is both trained on and scored."""
+
+
+class Splits(NamedTuple):
+    """What a task gets: rows by split, the labels, and what was done to the rows, to be said."""
+
+    rows: dict[str, Rows]
+    labels: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def read(section: DataSection) -> Splits:
+    """Reads, removes duplicates, splits.
+
+    Raises:
+        DataError: files or columns are missing, there are no rows, a label is outside the set, or
+            all rows have the same one.
+
+    """
+    train = _read(section.train, section, "data.train")
+    notes = list(train.notes)
+    if section.deduplicate:
+        train, said = without_duplicates(train)
+        notes += said
+    labels = section.labels or tuple(sorted(set(train.labels)))
+    check_labels(train, labels, "data.train")
+    if section.validation is None:
+        train, valid = split(train, section.held_out, section.split_seed)
+    else:
+        valid = _read(section.validation, section, "data.validation")
+        check_labels(valid, labels, "data.validation", several=False)
+        notes += valid.notes
+        if shared := len(set(train.texts) & set(valid.texts)):
+            notes.append(f"{shared:,} texts of {section.validation} are in {section.train} too")
+    return Splits({"train": train, "validation": valid}, labels, tuple(notes))
+
+
+def check_labels(rows: Rows, labels: Sequence[str], where: str, several: bool = True) -> None:
+    """Raises DataError for no rows, labels outside `labels`, or (with `several`) only one label."""
+    if not rows.texts:
+        raise DataError(f"{where}: {rows.origin} holds no rows.")
+    counts = Counter(rows.labels)
+    if unknown := sorted(set(counts) - set(labels)):
+        first = rows.labels.index(unknown[0])
+        raise DataError(
+            f"{where}: {rows.places[first]}: label {unknown[0]!r} is not one of "
+            f"{', '.join(labels)}; {sum(counts[u] for u in unknown):,} rows have such a label."
+        )
+    if several and len(counts) == 1:
+        raise DataError(
+            f"{where}: all {len(rows.texts):,} rows of {rows.origin} have the label "
+            f"{rows.labels[0]!r}; a classifier needs at least two."
+        )
+
+
+def without_duplicates(rows: Rows) -> tuple[Rows, list[str]]:
+    """The first row of every text, and a line that counts what was dropped."""
+    first: dict[tuple[str, ...], int] = {}
+    for i, text in enumerate(rows.texts):
+        first.setdefault(text, i)
+    dropped = len(rows.texts) - len(first)
+    if not dropped:
+        return rows, []
+    other = sum(rows.labels[i] != rows.labels[first[t]] for i, t in enumerate(rows.texts))
+    note = f"{dropped:,} of {len(rows.texts):,} rows repeat an earlier text and were left out"
+    note += f", {other:,} of them with another label" if other else ""
+    return rows.take(first.values()), [f"{note}: {len(first):,} remain"]
+
+
+def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+    """(train, validation): `share` of the rows of each label, at least one of each, is held out."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    held: set[int] = set()
+    for label in sorted(set(rows.labels)):
+        members = [i for i, given in enumerate(rows.labels) if given == label]
+        order = torch.randperm(len(members), generator=draw).tolist()
+        held.update(members[i] for i in order[: max(1, round(share * len(members)))])
+    kept = [i for i in range(len(rows.texts)) if i not in held]
+    train = rows.take(kept)
+    if set(train.labels) != set(rows.labels):
+        rare = sorted(set(rows.labels) - set(train.labels))
+        raise DataError(
+            f"data.train: too few rows to hold some out of each label: {', '.join(rare)} "
+            "would have none left to train on."
+        )
+    return train, rows.take(sorted(held))
+
+
+def _read(name: str, section: DataSection, where: str) -> Rows:
+    path: Path = locate(name, DataError, where)
+    if path.is_dir():
+        return read_folder(path, where)
+    columns = (section.text,) if isinstance(section.text, str) else section.text
+    return read_file(path, columns, section.label, where)

@@ -1,0 +1,170 @@
+"""What a person sees: progress, tables, notes. Plain data in, text out; no torch.
+
+Progress and notes go to standard error, results to standard output.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+HEAT = ("#1b2a41", "#173f5f", "#20639b", "#2a8ba8", "#3caea3", "#8fc27a", "#f6d55c")
+"""From few ranks to many."""
+
+
+class Watch:
+    """Shows a run: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
+        self.bar: Progress | None = None
+        self.steps, self.first, self.start_ranks = 0, 0, 0
+        self.started = perf_counter()
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        if not self.quiet:
+            self.console.print(f"· {text}", highlight=False, markup=False)
+
+    def begin(self, done: int, timetable: Any, start_ranks: int) -> None:
+        """Starts the bar, `done` steps in."""
+        self.steps, self.first, self.start_ranks = timetable.steps, done, start_ranks
+        self.started = perf_counter()
+        if self.console.is_terminal and not self.quiet:
+            self.bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=self.console,
+            )
+            self.bar.start()
+            self.bar.add_task("training", total=self.steps, completed=done, numbers="")
+
+    def tick(self, step: int) -> None:
+        """Moves the bar."""
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=step)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics.jsonl: losses move into the bar, scores get a line."""
+        if self.quiet:
+            return
+        if "ranks" not in row:
+            scores = {name: value for name, value in row.items() if name != "step"}
+            self.console.print(f"step {row['step']:>5}  {_scores(scores)}", highlight=False)
+        elif self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], numbers=self._numbers(row))
+        else:
+            left = _duration(self._seconds_left(row["step"]))
+            line = f"step {row['step']:>5}/{self.steps}  {self._numbers(row)}  {left} left"
+            self.console.print(line, highlight=False)
+
+    def _numbers(self, row: Mapping[str, Any]) -> str:
+        live = sum(row["ranks"].values())
+        return (
+            f"loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['samples_per_s']:.0f} rows/s  "
+            f"ranks {live}/{self.start_ranks}"
+        )
+
+    def _seconds_left(self, step: int) -> float:
+        done = max(1, step - self.first)
+        return (perf_counter() - self.started) / done * (self.steps - step)
+
+
+def rank_table(start: Mapping[str, int], kept: Mapping[str, int]) -> Table:
+    """Ranks by block and kind of module, `kept` of `start`, the cell's colour showing the share."""
+    places = {name: _place(name) for name in start}
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    blocks = list(dict.fromkeys(block for block, _ in places.values()))
+    table = Table(title="Ranks kept, of those at the start", title_justify="left")
+    table.add_column("block")
+    for kind in kinds:
+        table.add_column(kind.replace(".", ".\n"), justify="right")
+    table.add_column("all", justify="right")
+    for block in blocks:
+        rows = [[n for n, place in places.items() if place == (block, kind)] for kind in kinds]
+        own = [name for names in rows for name in names]
+        table.add_row(block, *(_cell(names, start, kept) for names in rows), _total(own, start, kept))
+    columns = [[n for n, (_, k) in places.items() if k == kind] for kind in kinds]
+    table.add_section()
+    table.add_row(
+        "all", *(_total(names, start, kept) for names in columns), _total(list(start), start, kept)
+    )
+    return table
+
+
+def two_columns(rows: Sequence[tuple[str, str]]) -> Table:
+    """Names and values, without lines."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def before_after(rows: Sequence[tuple[str, str, str]], title: str) -> Table:
+    """Three columns: what, before pruning, after."""
+    table = Table("", title=title, title_justify="left")
+    table.add_column("before pruning", justify="right")
+    table.add_column("after", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes for people: 4.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError(count)
+
+
+def _scores(scores: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+
+
+def _place(name: str) -> tuple[str, str]:
+    """(block, kind): `encoder.layer.3.output.dense` -> ("3", "output.dense")."""
+    found = re.match(r"^(?:.*?\.)?(\d+)\.(.*)$", name)
+    return (found[1], found[2]) if found else ("-", name)
+
+
+def _cell(names: Sequence[str], start: Mapping[str, int], kept: Mapping[str, int]) -> Text:
+    if not names:
+        return Text("")
+    have, had = sum(kept[n] for n in names), sum(start[n] for n in names)
+    colour = HEAT[round(have / had * (len(HEAT) - 1))]
+    ink = "black" if have / had > 0.6 else "white"
+    return Text(f" {have} ", style=f"{ink} on {colour}" if have else "dim")
+
+
+def _total(names: Sequence[str], start: Mapping[str, int], kept: Mapping[str, int]) -> str:
+    return f"{sum(kept[n] for n in names)}/{sum(start[n] for n in names)}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

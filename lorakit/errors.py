@@ -1,0 +1,42 @@
+"""What a user can get wrong. The command line prints the message alone; a traceback is our bug."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class LorakitError(Exception):
+    """Something the user wrote, named or keeps on disk can't be used."""
+
+
+class RecipeError(LorakitError):
+    """A recipe has keys that do not exist or values that cannot hold."""
+
+
+class ModelError(LorakitError):
+    """A base model cannot be loaded, or does not fit what is asked of it."""
+
+
+class DataError(LorakitError):
+    """Rows are missing, empty or not what the task needs."""
+
+
+class FolderError(LorakitError):
+    """A run, a checkpoint or an adapter folder is missing, in the way, or does not fit."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence naming the known word closest to `name`; empty where none is close."""
+    near = get_close_matches(name, list(known), n=1)
+    return f" Nearest: {near[0]!r}." if near else ""
+
+
+def no_such(kind: str, name: str, known: Iterable[str]) -> str:
+    """`no variant 'sorra'. Nearest: 'sora'. Known: lora, sora.`"""
+    known = sorted(known)
+    return f"no {kind} {name!r}.{nearest(name, known)} Known: {', '.join(known) or 'none'}."
+
+
+def several(title: str, faults: Sequence[str]) -> str:
+    """One message for all `faults`: the title with their number, then a line each."""
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return "\n".join([f"{title}: {count}", *(f"  {fault}" for fault in faults)])

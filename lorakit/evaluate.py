@@ -1,0 +1,82 @@
+"""Scores a run, a checkpoint or a PEFT folder on a task."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakit import tasks
+from lorakit.engine import Engine
+from lorakit.errors import DataError, LorakitError
+from lorakit.tasks import Task, TaskSection
+from lorakit.trained import Trained
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to score on; what is null is taken from the run."""
+
+    task: str | None = None
+    data_dir: str | None = None
+    split: str = "validation"
+    limit: int | None = None
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A score and all that it is the score of."""
+
+    path: Path
+    task: str
+    split: str
+    rows: int
+    precision: str
+    scores: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def score(trained: Trained, wanted: Wanted, precision: str) -> Scored:
+    """Scores `trained`.
+
+    Raises:
+        DataError: rows are missing, or the task's labels are not the head's.
+        LorakitError: no task is named and none is known.
+
+    """
+    name, task = task_for(trained, wanted)
+    check_fit(trained, task, name)
+    task = task.ready(trained.tokenizer).limited(wanted.split, wanted.limit)
+    engine = Engine()
+    model = engine.prepare(trained.model)
+    scores = tasks.evaluate(model, task, wanted.split, wanted.batch_size, engine.device)
+    rows = task.rows(wanted.split)
+    return Scored(trained.path, name, wanted.split, rows, precision, scores, task.notes)
+
+
+def task_for(trained: Trained, wanted: Wanted) -> tuple[str, Task]:
+    """The wanted task's name and the task, with the run's own settings where it is the run's own."""
+    recipe = trained.recipe
+    own = recipe.task.name if recipe else None
+    name = wanted.task or own
+    if name is None:
+        raise LorakitError(f"{trained.path} does not say what it was trained on; give --task.")
+    if recipe is not None and name == own:
+        section, data = recipe.task, recipe.data
+    elif name == tasks.OWN:
+        raise LorakitError(f"--task {name}: {trained.path} carries no `data` section for it.")
+    else:
+        length = recipe.task.max_length if recipe else TaskSection(name=name).max_length
+        section, data = TaskSection(name=name, max_length=length), None
+    if wanted.data_dir is not None:
+        section = section.model_copy(update={"data_dir": wanted.data_dir})
+    return name, tasks.build(section, data)
+
+
+def check_fit(trained: Trained, task: Task, name: str) -> None:
+    """Raises DataError where the head was trained for other labels than the task's."""
+    ours, theirs = trained.head.labels, task.head().labels
+    unnamed = all(label == f"LABEL_{i}" for i, label in enumerate(ours))
+    if len(ours) != len(theirs) or not (unnamed or ours == theirs):
+        raise DataError(
+            f"{trained.path} was trained for {len(ours)} labels ({', '.join(ours)}); "
+            f"{name} has {len(theirs)} ({', '.join(theirs)}): its head cannot be scored on that."
+        )

@@ -1,0 +1,123 @@
+"""What is learnt and how it is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from pydantic import PositiveInt, field_validator
+from torch import Tensor, nn
+
+from lorakit.data import DataSection, Splits, read
+from lorakit.data.batching import Batch
+from lorakit.errors import no_such
+from lorakit.models import Head
+from lorakit.schema import Section
+from lorakit.tasks import glue
+from lorakit.tasks.classification import Classification
+
+OWN = "classification"
+"""The task whose rows come from the `data` section."""
+
+
+def names() -> list[str]:
+    """Every task a recipe may name."""
+    return [*glue.NAMES, OWN]
+
+
+class TaskSection(Section):
+    """What is learnt and scored."""
+
+    name: str
+    """`glue/sst2`, or `classification` with a `data` section."""
+    data_dir: str | None = None
+    """A folder in GLUE's official layout (`SST-2/train.tsv`); null: the hub."""
+    max_length: PositiveInt = 128
+    """Longer texts are cut to so many tokens."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in names():
+            raise ValueError(no_such("task", name, names()))
+        return name
+
+
+class Task(Protocol):
+    """All that the loop and the evaluation know of a problem."""
+
+    notes: tuple[str, ...]
+    """What was done to the rows, to be said aloud."""
+
+    def head(self) -> Head:
+        """What the model's last layer must be; known before the model is loaded."""
+
+    def ready(self, tokenizer: Any) -> Task:
+        """The task with its rows encoded, when they are first asked for."""
+
+    def limited(self, split: str, limit: int | None) -> Task:
+        """The task with only the first `limit` rows of a split; None: all."""
+
+    def rows(self, split: str) -> int:
+        """How many rows a split has."""
+
+    def steps(
+        self, batch_size: int, pieces: int, seed: int, start: int = 0
+    ) -> Iterator[list[Batch]]:
+        """Training data without end: for each step from `start`, its batches."""
+
+    def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """One pass over a split, for scoring: longest rows first, so that memory runs out early."""
+
+    def items(self, batch: Batch) -> int:
+        """How many items the loss of this batch sums over."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss summed over the items of a batch, not their mean."""
+
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the model says of each row of a batch: (rows, outputs), float32."""
+
+    def metric_names(self) -> tuple[str, ...]:
+        """What `score` names, in its order."""
+
+    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """The task's metrics, the headline one first."""
+
+
+def build(section: TaskSection, data: DataSection | None) -> Task:
+    """Reads the task's rows; nothing is encoded yet.
+
+    Raises:
+        DataError: rows or files are missing or not what the task needs.
+
+    """
+    if section.name == OWN:
+        assert data is not None  # the recipe has refused it
+        splits: Splits = read(data)
+        return Classification(splits, section.max_length)
+    return Classification(
+        glue.read(section.name, section.data_dir),
+        section.max_length,
+        glue.TASKS[section.name].metrics,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, task: Task, split: str, batch_size: int, device: torch.device
+) -> dict[str, float]:
+    """The task's metrics on a split, dropout off; leaves the model in the mode it was in.
+
+    Every process scores all rows: no gathering, and the same decision everywhere.
+    """
+    training = model.training
+    model.eval()
+    outputs, labels = [], []
+    for batch in task.batches(split, batch_size):
+        moved = batch.to(device)
+        outputs.append(task.predict(model, moved).cpu())
+        labels.append(batch.labels)
+    model.train(training)
+    return task.score(torch.cat(outputs), torch.cat(labels))

@@ -1,0 +1,253 @@
+"""The loop, all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from time import perf_counter
+from typing import Annotated, Any, NamedTuple, Protocol, Self
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import nn
+from torch.optim import Optimizer
+
+from lorakit import optim
+from lorakit.adapter import Adapter, Controller, Step
+from lorakit.engine import Engine
+from lorakit.errors import DataError
+from lorakit.optim import OptimSection
+from lorakit.tasks import Task, evaluate
+
+Row = dict[str, Any]
+Interval = PositiveInt | Annotated[str, Field(pattern=r"^[1-9]\d* epochs?$")] | None
+
+
+class TrainSection(OptimSection):
+    """How long, in what portions, and what is kept."""
+
+    epochs: PositiveFloat | None = 3
+    """Passes over the training rows."""
+    steps: PositiveInt | None = None
+    """Optimizer steps, instead of `epochs`."""
+    batch_size: PositiveInt = 32
+    """Rows in one forward pass of one process."""
+    accumulate: PositiveInt = 1
+    """Forward passes in one optimizer step."""
+    eval_batch_size: PositiveInt = 64
+    """Rows in one forward pass when scoring."""
+    clip: PositiveFloat | None = 1.0
+    """Joint gradient norm to clip to; null: none."""
+    log_every: PositiveInt = 10
+    """Steps between rows of metrics.jsonl."""
+    eval_every: Interval = 100
+    """Steps between evaluations, or `1 epoch`, `2 epochs`; null: at the end only."""
+    save_every: Interval = 100
+    """Steps between checkpoints, or epochs as above; null: at the end, and the best."""
+    best: str | None = None
+    """Metric that picks the best checkpoint, once ranks have settled; null: the task's first."""
+    patience: PositiveInt | None = None
+    """Stop after so many evaluations without a better one; null: never."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_replace_epochs(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("steps") is not None and "epochs" not in given:
+            return {**given, "epochs": None}
+        return given
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give `epochs` or `steps`, one of them")
+        return self
+
+    def timetable(self, steps_an_epoch: int) -> Timetable:
+        """The run's length and intervals in steps."""
+        steps = self.steps or max(1, round((self.epochs or 0) * steps_an_epoch))
+        return Timetable(
+            steps,
+            self.log_every,
+            _interval(self.eval_every, steps_an_epoch),
+            _interval(self.save_every, steps_an_epoch),
+        )
+
+
+class Timetable(NamedTuple):
+    """When things happen, in optimizer steps; None: only at the end."""
+
+    steps: int
+    log_every: int
+    eval_every: int | None
+    save_every: int | None
+
+    def due(self, step: int, every: int | None) -> bool:
+        """Whether something done `every` so many steps, and at the last one, falls on `step`."""
+        return step == self.steps or (every is not None and step % every == 0)
+
+
+@dataclass
+class Progress:
+    """How far a run is: what must survive a restart besides tensors."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_score: float | None = None
+    stale: int = 0
+    """Evaluations since the best one."""
+    loss: float = 0.0
+    """Summed over the items since the last logged row."""
+    items: int = 0
+
+    def judge(self, score: float) -> bool:
+        """Takes note of a score, higher being better; whether it is the best so far."""
+        better = self.best_score is None or score > self.best_score
+        if better:
+            self.best_step, self.best_score, self.stale = self.step, score, 0
+        else:
+            self.stale += 1
+        return better
+
+    def forget_best(self) -> None:
+        """Ranks have moved: what was the best is another model."""
+        self.best_step, self.best_score, self.stale = None, None, 0
+
+    def mean_loss(self) -> float:
+        """Since this was last asked."""
+        mean = self.loss / self.items
+        self.loss, self.items = 0.0, 0
+        return mean
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What training moves, and how far it is: what a checkpoint holds."""
+
+    model: nn.Module
+    layers: Mapping[str, Adapter]
+    controller: Controller[Any, Any]
+    optimizer: Optimizer
+    progress: Progress = field(default_factory=Progress)
+
+
+class Observer(Protocol):
+    """Who hears of the run. What becomes of it is the observer's affair; the loop does not wait."""
+
+    def tick(self, step: int) -> None:
+        """A step is over."""
+
+    def log(self, row: Row) -> None:
+        """Numbers of a step: a line of metrics.jsonl."""
+
+    def save(self, trainee: Trainee) -> None:
+        """A checkpoint is due."""
+
+
+def train(
+    trainee: Trainee,
+    task: Task,
+    section: TrainSection,
+    timetable: Timetable,
+    seed: int,
+    engine: Engine,
+    observer: Observer,
+) -> None:
+    """Takes the steps behind `trainee.progress`, to the last one or until patience ends.
+
+    The loss of a step is the mean over all items of its batches, whatever portions they come in.
+
+    Raises:
+        DataError: a loss or its gradient is not finite; names the rows of the step.
+
+    """
+    progress, controller, optimizer = trainee.progress, trainee.controller, trainee.optimizer
+    model = engine.prepare(trainee.model).train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    pieces, rate = section.accumulate * engine.processes, optim.rates(optimizer)
+    stream = task.steps(section.batch_size, pieces, seed, start=progress.step)
+    seconds = 0.0
+
+    while not finished(progress, section, timetable):
+        started = perf_counter()
+        step = progress.step = progress.step + 1
+        share = optim.factor(step, timetable.steps, section)
+        optim.set_rates(optimizer, share)
+
+        # the gradient: every batch adds its part of the mean over all items of the step
+        batches = next(stream)
+        items = sum(map(task.items, batches))
+        mine = [batch.to(engine.device) for batch in batches[engine.index :: engine.processes]]
+        loss = torch.zeros((), device=engine.device)
+        for left, batch in enumerate(mine, start=1 - len(mine)):
+            with engine.accumulating(model, more=left < 0):
+                part = task.loss(model, batch) / items
+                engine.backward(part)
+            loss += part.detach()
+        norm = float(engine.clip(weights, section.clip))  # a sync point; so is the loss
+        mean = engine.total(float(loss))
+        refuse_non_finite(mean, norm, step, [row for batch in mine for row in batch.rows])
+
+        # the step: the optimizer moves the weights, the variant has the last word
+        optimizer.step()
+        controller.after_step(Step(step, timetable.steps, rate))
+        optimizer.zero_grad(set_to_none=True)
+        progress.loss, progress.items = progress.loss + mean * items, progress.items + items
+        seconds += perf_counter() - started
+
+        # now and then, and at the end
+        if timetable.due(step, timetable.log_every):
+            speed, seconds = progress.items / seconds, 0.0
+            observer.log(
+                {
+                    "step": step,
+                    "loss": progress.mean_loss(),
+                    "norm": norm,
+                    "lr": section.lr * share,
+                    "samples_per_s": round(speed, 1),
+                    "ranks": {name: layer.rank() for name, layer in trainee.layers.items()},
+                }
+            )
+        better = False
+        if timetable.due(step, timetable.eval_every):
+            scores = evaluate(model, task, "validation", section.eval_batch_size, engine.device)
+            observer.log({"step": step, **scores})
+            if controller.settled():
+                better = progress.judge(headline(scores, section.best))
+            else:
+                progress.forget_best()
+        over = finished(progress, section, timetable)
+        if better or over or timetable.due(step, timetable.save_every):
+            observer.save(trainee)
+        observer.tick(step)
+
+
+def finished(progress: Progress, section: TrainSection, timetable: Timetable) -> bool:
+    """Whether the last step is done, or patience has ended."""
+    out_of_patience = section.patience is not None and progress.stale >= section.patience
+    return progress.step >= timetable.steps or out_of_patience
+
+
+def headline(scores: Mapping[str, float], best: str | None) -> float:
+    """The score that picks the best checkpoint, turned so that higher is better."""
+    name = best or next(iter(scores))
+    return -scores[name] if name == "loss" else scores[name]
+
+
+def refuse_non_finite(loss: float, norm: float, step: int, rows: Sequence[int]) -> None:
+    """Raises DataError before the optimizer takes a step that no later one could mend."""
+    if isfinite(loss) and isfinite(norm):
+        return
+    raise DataError(
+        f"step {step}: the loss is {loss:g} and its gradient's norm {norm:g}; stopped before the "
+        f"weights were touched.\n  Rows of the step, counted from 0 in the training split: "
+        f"{', '.join(map(str, rows))}\n  A lower train.lr or model.precision=fp32 may help; "
+        "--resume goes on from the last checkpoint."
+    )
+
+
+def _interval(every: int | str | None, steps_an_epoch: int) -> int | None:
+    """`100` or `2 epochs`, in steps."""
+    if isinstance(every, str):
+        return int(every.split()[0]) * steps_an_epoch
+    return every
