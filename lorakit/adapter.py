@@ -2,7 +2,7 @@
 
     y = W x + b + dW x,    dW = B A
 
-Symbols, used in this package and nowhere redefined (capitals: matrices; lower case: vectors, scalars)
+Symbols, used in this package and nowhere redefined (capitals: matrices; small: vectors, scalars)
 
     n, m   input and output width of the wrapped linear
     r      rank at the start, a ceiling;   k   live rank, 0 <= k <= r
@@ -22,6 +22,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, final
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from lorakit.base import device_of, widths
 from lorakit.schema import Section
@@ -104,11 +105,11 @@ class Adapter(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """W x + b + dW x, for x (..., n) to (..., m), in the base's precision."""
         y: Tensor = self.base(x)
-        return y + self.update(self.dropout(x)).to(y.dtype)
+        return y + self.update(self.dropout(x))
 
     @abstractmethod
     def update(self, x: Tensor) -> Tensor:
-        """dW x, for x (..., n) of any precision to (..., m) in float32."""
+        """dW x, for x (..., n) to (..., m), computed in the precision of x."""
 
     @abstractmethod
     def factors(self) -> Factors:
@@ -132,6 +133,16 @@ class Adapter(nn.Module, ABC):
     def own_state(self) -> dict[str, Tensor]:
         """The state dict without the frozen base: what a checkpoint holds of this layer."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("base.")}
+
+
+def thin(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """B A x, for x (..., n) to (..., m), through the rank: (..., r) in between.
+
+    The factors are cast to the precision of x, not x to theirs: they are small and x is not. Under
+    a bfloat16 base that is mixed precision as autocast does it, with float32 weights behind it.
+    Whatever scales the update belongs into B, which is smaller than the result.
+    """
+    return linear(linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
 def plain_parameters(base: nn.Module, plan: Plan) -> tuple[nn.Parameter, nn.Parameter]:
@@ -193,7 +204,7 @@ class Controller(Generic[L, C]):
 
 
 class Promises(NamedTuple):
-    """What a variant's adapters keep to. A law is not asked of a variant that does not promise it."""
+    """What a variant's adapters keep to. A law is asked of those that promise it."""
 
     exact_start: bool = True  # fresh, the model's output is the base model's bit for bit
     low_rank: bool = True  # factors() answers

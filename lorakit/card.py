@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from lorakit.export import Pruned
     from lorakit.trained import Trained
 
-_LOADERS = {"SEQ_CLS": "AutoPeftModelForSequenceClassification", "CAUSAL_LM": "AutoPeftModelForCausalLM"}
+_LOADERS = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+}
 
 
 def card(trained: Trained, pruned: Pruned) -> str:
@@ -30,7 +33,15 @@ def card(trained: Trained, pruned: Pruned) -> str:
     if trained.scores:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in trained.scores.items())
         lines.append(f"Validation scores of the run at that step ({trained.precision}): {scores}.")
-    lines += ["", "```python", f"from peft import {_loader(trained)}", "", _call(trained), "```", ""]
+    lines += [
+        "",
+        "```python",
+        f"from peft import {_loader(trained)}",
+        "",
+        _call(trained),
+        "```",
+        "",
+    ]
     if trained.head.labels:
         lines += [f"Labels, in the order of the outputs: {', '.join(trained.head.labels)}.", ""]
     lines += ["| module | rank | of |", "| --- | --: | --: |"]

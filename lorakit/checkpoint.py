@@ -106,9 +106,8 @@ def find(path: Path, which: str | None = None) -> Path:
         return folder / name_of(int(which))
     known = [str(int(s.removeprefix("step-"))) for s in steps]
     wanted = f"no checkpoint {which!r}" if which else "no checkpoint"
-    raise FolderError(
-        f"{path} has {wanted}.{nearest(which or '', known)} Steps here: {', '.join(known) or 'none'}."
-    )
+    here = ", ".join(known) or "none"
+    raise FolderError(f"{path} has {wanted}.{nearest(which or '', known)} Steps here: {here}.")
 
 
 def meta(folder: Path) -> Meta:

@@ -81,7 +81,10 @@ def train(
     """
     from lorakit import commands
 
-    commands.train(recipe, overrides or [], dry_run, resume, as_json)
+    if dry_run:
+        commands.dry_run(recipe, overrides or [], as_json)
+    else:
+        commands.train(recipe, overrides or [], resume, as_json)
 
 
 @app.command()
@@ -168,8 +171,9 @@ def evaluate(
       lorakit eval some/peft/folder --task glue/sst2 --data-dir data/glue --limit 200
     """
     from lorakit import commands
+    from lorakit.evaluate import Wanted
 
-    wanted = (task, data_dir, split, limit, batch_size)
+    wanted = Wanted(task, data_dir, split, limit, batch_size)
     commands.evaluate(path, wanted, precision, output_path, which, base, as_json)
 
 

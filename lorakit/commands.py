@@ -3,45 +3,81 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from rich.console import Console
 
 from lorakit import display, export, recipe, run, shipped, trained
 from lorakit.disk import write_text
+from lorakit.display import size
 from lorakit.errors import LorakitError, nearest
 from lorakit.evaluate import Scored, Wanted, score
-from lorakit.export import Pruned
+from lorakit.export import Layout, Pruned
 from lorakit.models import Precision
 from lorakit.prune import Selection, Unit
 from lorakit.trained import Trained
 
 RUNS = Path("runs")
+"""Where `eval` looks for the newest run."""
 
 
-def train(path: Path, overrides: list[str], dry_run: bool, resume: bool, as_json: bool) -> None:
+def train(path: Path, overrides: list[str], resume: bool, as_json: bool) -> None:
     """`lorakit train`."""
-    file = path / "recipe.yaml" if path.is_dir() else path
-    loaded = recipe.load(file, overrides)
-    if dry_run:
-        return _dry_run(loaded, as_json)
-    with display.Watch(_error_console(), quiet=as_json) as watch:
+    loaded = recipe.load(_recipe_file(path), overrides)
+    with display.Watch(Console(stderr=True), quiet=as_json) as watch:
         outcome = run.run(loaded, resume, watch)
     if as_json:
-        return _print_json(asdict(outcome))
-    out = _console()
-    which = "best" if outcome.best_step else "last"
-    out.print(
-        display.two_columns(
-            [
-                ("run", str(outcome.run)),
-                ("steps", f"{outcome.step:,}" + (f", best at {outcome.best_step:,}" if outcome.best_step else "")),
-                (f"scores ({which})", _scores(outcome.scores)),
-                ("ranks", f"{outcome.live} of {outcome.start} live"),
-                ("next", f"lorakit prune {outcome.run}"),
-            ]
-        )
-    )
+        _print_json(asdict(outcome))
+        return
+    best = f", best at {outcome.best_step:,}" if outcome.best_step else ""
+    rows = [
+        ("run", str(outcome.run)),
+        ("steps", f"{outcome.step:,}{best}"),
+        ("scores", display.scores(outcome.scores)),
+        ("ranks", f"{outcome.live} of {outcome.start} live"),
+        ("next", f"lorakit prune {outcome.run}"),
+    ]
+    Console().print(display.two_columns(rows))
+
+
+def dry_run(path: Path, overrides: list[str], as_json: bool) -> None:
+    """`lorakit train --dry-run`."""
+    loaded = recipe.load(_recipe_file(path), overrides)
+    prepared = run.check(loaded)
+    memory, labels = prepared.memory(), prepared.task.head().labels
+    ranks = {name: planned.rank for name, planned in prepared.plans.items()}
+    counts = {split: prepared.task.rows(split) for split in ("train", "validation")}
+    if as_json:
+        facts = {
+            "rows": counts,
+            "labels": labels,
+            "head": prepared.base.head,
+            "ranks": ranks,
+            "trainable": prepared.trainable(),
+            "steps": prepared.timetable.steps,
+            "memory": memory._asdict(),
+            "notes": prepared.notes,
+        }
+        _print_json({**facts, "recipe": loaded.model_dump(mode="json")})
+        return
+    watch = display.Watch(Console(stderr=True))
+    for note in prepared.notes:
+        watch.note(note)
+    rows = [
+        ("rows", ", ".join(f"{split} {count:,}" for split, count in counts.items())),
+        ("labels", f"{len(labels)}: {', '.join(labels)}"),
+        ("head", ", ".join(prepared.base.head)),
+        ("adapted", f"{len(ranks)} linears, {sum(ranks.values()):,} ranks"),
+        ("trainable", f"{prepared.trainable():,} parameters"),
+        ("steps", f"{prepared.timetable.steps:,}"),
+        (
+            "memory",
+            f"about {size(sum(memory))}: base {size(memory.base)}, trained {size(memory.trained)}, "
+            f"activations up to {size(memory.activations)}",
+        ),
+    ]
+    Console().print(display.two_columns(rows))
+    print(f"\n{recipe.dump(loaded)}", end="")
 
 
 def prune(
@@ -54,11 +90,12 @@ def prune(
     as_json: bool,
 ) -> None:
     """`lorakit prune`."""
-    _one_of("--layout", layout, get_args(export.Layout))
+    _one_of("--layout", layout, get_args(Layout))
     _one_of("--of", cut[3], get_args(Unit))
-    selection = Selection(*cut)  # type: ignore[arg-type]
+    selection = Selection(cut[0], cut[1], cut[2], cast(Unit, cut[3]))
     found = trained.open_trained(path, which, base=base)
-    pruned = export.export(found, out or export.default_out(found.path), selection, layout)  # type: ignore[arg-type]
+    target = out or export.default_out(found.path)
+    pruned = export.export(found, target, selection, cast(Layout, layout))
     if as_json:
         _print_json(asdict(pruned))
     else:
@@ -67,7 +104,7 @@ def prune(
 
 def evaluate(
     path: Path | None,
-    wanted: tuple[str | None, str | None, str, int | None, int],
+    wanted: Wanted,
     precision: str,
     output_path: Path | None,
     which: str | None,
@@ -76,12 +113,12 @@ def evaluate(
 ) -> None:
     """`lorakit eval`."""
     _one_of("--precision", precision, get_args(Precision))
-    watch = display.Watch(_error_console(), quiet=as_json)
+    watch = display.Watch(Console(stderr=True), quiet=as_json)
     if path is None:
         path = trained.newest_run(RUNS)
         watch.note(f"the newest run: {path}")
-    found = trained.open_trained(path, which, precision, base)  # type: ignore[arg-type]
-    scored = score(found, Wanted(*wanted), precision)
+    found = trained.open_trained(path, which, cast(Precision, precision), base)
+    scored = score(found, wanted, precision)
     for note in scored.notes:
         watch.note(note)
     result = {**asdict(scored), "step": found.step}
@@ -90,7 +127,7 @@ def evaluate(
     if as_json:
         _print_json(result)
     else:
-        _show_scored(scored, found, wanted[3])
+        _show_scored(scored, found, whole=wanted.limit is None)
 
 
 def schema() -> None:
@@ -104,109 +141,61 @@ def list_recipes(as_json: bool) -> None:
     if as_json:
         _print_json(found)
     else:
-        _console().print(display.two_columns(list(found.items())))
-
-
-def _dry_run(loaded: recipe.Recipe, as_json: bool) -> None:
-    prepared = run.check(loaded)
-    memory, parameters = prepared.memory(), prepared.trainable()
-    labels = prepared.task.head().labels
-    facts = {
-        "rows": {split: prepared.task.rows(split) for split in ("train", "validation")},
-        "labels": list(labels),
-        "head": list(prepared.base.head),
-        "adapted": {name: planned.rank for name, planned in prepared.plans.items()},
-        "trainable": parameters,
-        "steps": prepared.timetable.steps,
-        "memory": {**memory._asdict(), "total": memory.total},
-        "notes": list(prepared.notes),
-    }
-    if as_json:
-        return _print_json({**facts, "recipe": loaded.model_dump(mode="json")})
-    watch = display.Watch(_error_console())
-    for note in prepared.notes:
-        watch.note(note)
-    _console().print(
-        display.two_columns(
-            [
-                ("rows", ", ".join(f"{split} {n:,}" for split, n in facts["rows"].items())),  # type: ignore[attr-defined]
-                ("labels", f"{len(labels)}: {', '.join(labels)}"),
-                ("head", ", ".join(prepared.base.head)),
-                ("adapted", f"{len(prepared.plans)} linears, {sum(p.rank for p in prepared.plans.values())} ranks"),
-                ("trainable", f"{parameters:,} parameters"),
-                ("steps", f"{prepared.timetable.steps:,}"),
-                (
-                    "memory",
-                    f"about {display.size(memory.total)}: base {display.size(memory.base)}, trained "
-                    f"{display.size(memory.trained)}, activations up to {display.size(memory.activations)}",
-                ),
-            ]
-        )
-    )
-    print("\n" + recipe.dump(loaded), end="")
+        Console().print(display.two_columns(list(found.items())))
 
 
 def _show_pruned(pruned: Pruned) -> None:
-    out = _console()
+    out = Console(highlight=False, markup=False)
     out.print(display.rank_table(pruned.start, pruned.ranks))
-    kept, of = sum(pruned.ranks.values()), sum(pruned.start.values())
     rows = [
-        ("ranks", f"{of}", f"{kept} ({kept / of:.0%})"),
+        _ranks(pruned.start, pruned.ranks),
         ("adapter parameters", f"{pruned.parameters[0]:,}", f"{pruned.parameters[1]:,}"),
-        ("size with head", display.size(pruned.size[0]), display.size(pruned.size[1])),
+        ("size with head", size(pruned.size[0]), size(pruned.size[1])),
     ]
     out.print(display.before_after(rows, f"{pruned.source.name} -> {pruned.out}"))
     if pruned.error:
-        out.print(
-            f"Relative error of the update {pruned.error:.3g}; logits moved by up to {pruned.shift:.2g}."
-        )
-    out.print(
-        f"Read back into a fresh base model: logits differ by at most {pruned.difference:.1g}."
-    )
+        out.print(f"Relative error of the update {pruned.error:.3g}.")
+        out.print(f"Logits moved by up to {pruned.shift:.2g}.")
+    out.print(f"Read back into a fresh base model: logits within {pruned.difference:.1g}.")
     for limit in pruned.limits:
-        out.print(f"· {limit}", highlight=False, markup=False)
+        out.print(f"· {limit}")
 
 
-def _show_scored(scored: Scored, found: Trained, limit: int | None) -> None:
-    out = _console()
+def _show_scored(scored: Scored, found: Trained, whole: bool) -> None:
+    out = Console(highlight=False, markup=False)
     title = f"{scored.path} on {scored.task}, {scored.split}, {scored.rows:,} rows"
+    written = {name: display.score(name, value) for name, value in scored.scores.items()}
     own = found.recipe is not None and found.recipe.task.name == scored.task
-    if not (found.card and found.scores and own and limit is None and scored.split == "validation"):
-        out.print(title, highlight=False)
-        rows = [(name, f"{value:.2f}" if name != "loss" else f"{value:.4f}") for name, value in scored.scores.items()]
-        return out.print(display.two_columns([*rows, ("precision", scored.precision)]))
-    card = found.card
-    digits = {name: 4 if name == "loss" else 2 for name in scored.scores}
-    table = [
-        (name, f"{found.scores[name]:.{digits[name]}f}", f"{value:.{digits[name]}f}")
-        for name, value in scored.scores.items()
-        if name in found.scores
+    if found.card is None or not (own and whole and scored.split == "validation"):
+        out.print(title)
+        out.print(display.two_columns([*written.items(), ("precision", scored.precision)]))
+        return
+    before = {name: display.score(name, value) for name, value in found.scores.items()}
+    small, large = found.card["bytes"]
+    rows = [
+        *((name, before[name], value) for name, value in written.items() if name in before),
+        _ranks(found.card["start"], found.card["ranks"]),
+        ("adapter size", size(small), size(large)),
+        ("scored in", f"{found.precision}, by the run", f"{scored.precision}, reloaded"),
     ]
-    kept, of = sum(card["ranks"].values()), sum(card["start"].values())
-    table.append(("ranks", str(of), f"{kept} ({kept / of:.0%})"))
-    table.append(("adapter size", *(display.size(n) for n in card["bytes"])))  # type: ignore[arg-type]
-    table.append(("scored in", f"{found.precision}, by the run", f"{scored.precision}, reloaded"))
-    return out.print(display.before_after(table, title))
+    out.print(display.before_after(rows, title))
 
 
-def _scores(scores: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items()) or "not evaluated"
+def _ranks(start: dict[str, int], ranks: dict[str, int]) -> tuple[str, str, str]:
+    kept, of = sum(ranks.values()), sum(start.values())
+    return ("ranks", f"{of}", f"{kept} ({kept / of:.0%})")
+
+
+def _recipe_file(path: Path) -> Path:
+    """A run folder stands for its own recipe."""
+    return path / "recipe.yaml" if path.is_dir() else path
 
 
 def _one_of(option: str, given: str, known: tuple[str, ...]) -> None:
     if given not in known:
-        raise LorakitError(
-            f"{option}: {given!r}: expected {' or '.join(known)}.{nearest(given, known)}"
-        )
+        expected = " or ".join(known)
+        raise LorakitError(f"{option}: {given!r}: expected {expected}.{nearest(given, known)}")
 
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
-
-
-def _console() -> Console:
-    return Console()
-
-
-def _error_console() -> Console:
-    return Console(stderr=True)

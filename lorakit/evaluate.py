@@ -53,7 +53,7 @@ def score(trained: Trained, wanted: Wanted, precision: str) -> Scored:
 
 
 def task_for(trained: Trained, wanted: Wanted) -> tuple[str, Task]:
-    """The wanted task's name and the task, with the run's own settings where it is the run's own."""
+    """The wanted task and its name, with the run's own settings where it is the run's own task."""
     recipe = trained.recipe
     own = recipe.task.name if recipe else None
     name = wanted.task or own

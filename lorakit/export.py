@@ -49,7 +49,9 @@ class Pruned:
 
 def default_out(source: Path) -> Path:
     """`pruned` within a run or an adapter folder; beside the steps, for a checkpoint in a run."""
-    inside_run = source.parent.name == "checkpoints" and (source.parent.parent / "recipe.yaml").is_file()
+    inside_run = (
+        source.parent.name == "checkpoints" and (source.parent.parent / "recipe.yaml").is_file()
+    )
     return (source.parent.parent if inside_run else source) / "pruned"
 
 

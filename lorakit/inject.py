@@ -22,7 +22,11 @@ def trained_whole(model: nn.Module, head: Sequence[str], also: Sequence[str]) ->
         RecipeError: a name of `also` fits no module.
 
     """
-    names = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and next(module.parameters(), None) is not None
+    ]
     faults, chosen = [], list(head)
     for given in also:
         found = [name for name in names if _ends(name, given)]
@@ -84,7 +88,7 @@ def plan(
     ranks: Mapping[str, int] | None = None,
     starts: Mapping[str, Factors] | None = None,
 ) -> dict[str, Plan]:
-    """What every site starts with: `config.rank`, or its own of `ranks` or `starts`, learned before.
+    """What every site starts with: `config.rank`, or what `ranks` or `starts` have learned for it.
 
     A site that `ranks` or `starts` leaves out gets no adapter. `config.ranks` overrides both.
 
@@ -95,8 +99,8 @@ def plan(
     """
     learned = {name: pair.rank for name, pair in starts.items()} if starts else ranks
     chosen = {name: config.rank if learned is None else learned.get(name, 0) for name in sites}
-    faults = [f"{name}: adapted there, not among this recipe's targets" for name in
-              sorted(set(learned or ()) - set(sites))]  # fmt: skip
+    strangers = sorted(set(learned or ()) - set(sites))
+    faults = [f"{name}: adapted there, not among this recipe's targets" for name in strangers]
     for given, rank in config.ranks.items():
         found = _matching(given, sites)
         chosen |= dict.fromkeys(found, rank)

@@ -22,6 +22,17 @@ from lorakit.errors import FolderError, several
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
 
+_MORE = (
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "use_qalora",
+    "alora_invocation_tokens",
+)
+
+
 class PeftAdapter(NamedTuple):
     """What an adapter folder holds."""
 
@@ -45,7 +56,9 @@ def write(folder: Path, adapter: PeftAdapter) -> None:
     pairs = {name: pair for name, pair in adapter.pairs.items() if pair.rank}
     if not pairs:
         name, dead = next(iter(adapter.pairs.items()))
-        pairs = {name: Factors(dead.A.new_zeros(1, dead.A.shape[1]), dead.B.new_zeros(len(dead.B), 1))}
+        pairs = {
+            name: Factors(dead.A.new_zeros(1, dead.A.shape[1]), dead.B.new_zeros(len(dead.B), 1))
+        }
     ranks = {name: pair.rank for name, pair in pairs.items()}
     top = max(ranks.values())
     pattern = {_key(name, ranks): rank for name, rank in ranks.items() if rank != top}
@@ -100,23 +113,21 @@ def read(folder: Path) -> PeftAdapter:
     B = {_stem(name): t for name, t in tensors.items() if name.endswith(".lora_B.weight")}
     whole: dict[str, dict[str, Tensor]] = {}
     faults = [f"{name}: A or B is missing" for name in sorted(A.keys() ^ B.keys())]
-    for name in names:
+    for name, tensor in tensors.items():
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             continue
-        owner = next((m for m in config.get("modules_to_save") or () if _within(name, m)), None)
-        if owner is None:
-            faults.append(f"{name}: neither lora_A, lora_B nor of a module saved whole")
+        if module := _owner(name, config.get("modules_to_save") or ()):
+            whole.setdefault(module, {})[name.removeprefix(f"{module}.")] = tensor.float()
         else:
-            module = name[: name.index(owner) + len(owner)]
-            whole.setdefault(module, {})[name[len(module) + 1 :]] = tensors[name].float()
+            faults.append(f"{name}: neither lora_A, lora_B nor of a module saved whole")
     pairs = {}
-    for name in A:
-        if name in B:
-            if A[name].ndim != 2 or B[name].ndim != 2 or len(A[name]) != B[name].shape[1]:
-                faults.append(f"{name}: A {tuple(A[name].shape)}, B {tuple(B[name].shape)}")
-                continue
-            scale = _scale(name, config, len(A[name]))
-            pairs[name] = Factors(A[name].float(), scale * B[name].float())
+    for name in A.keys() & B.keys():
+        a, b = A[name], B[name]
+        if a.ndim == b.ndim == 2 and len(a) == b.shape[1]:
+            pairs[name] = Factors(a.float(), _scale(name, config, len(a)) * b.float())
+        else:
+            faults.append(f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} make no product")
+    pairs = {name: pairs[name] for name in A if name in pairs}  # in the file's order
     if faults or not pairs:
         raise FolderError(several(str(folder), faults or ["no lora_A and lora_B in its weights"]))
     base = str(config.get("base_model_name_or_path") or "")
@@ -147,14 +158,13 @@ def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
         faults.append(f"peft_type is {config.get('peft_type')!r}, not 'LORA'")
     if config.get("bias", "none") != "none":
         faults.append(f"bias is {config['bias']!r}: it trains base biases, which no pair holds")
-    for key in ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices",
-                "layer_replication", "use_qalora", "alora_invocation_tokens"):  # fmt: skip
-        if config.get(key):
-            faults.append(f"{key} is set: its update is more than B A")
+    faults += [f"{key} is set: its update is more than B A" for key in _MORE if config.get(key)]
     if isinstance(init := config.get("init_lora_weights"), str) and init.startswith(
         ("pissa", "olora", "loftq", "corda", "lora_ga")
     ):
-        faults.append(f"init_lora_weights is {init!r}: it goes with a changed base; convert it first")
+        faults.append(
+            f"init_lora_weights is {init!r}: it goes with a changed base; convert it first"
+        )
     if faults:
         raise FolderError(several(f"{folder} is no plain LoRA", faults))
 
@@ -163,8 +173,10 @@ def _stem(name: str) -> str:
     return name.rsplit(".", 2)[0]
 
 
-def _within(name: str, module: str) -> bool:
-    return name.startswith(f"{module}.") or f".{module}." in name
+def _owner(name: str, modules: Iterable[str]) -> str | None:
+    """The module saved whole that a tensor belongs to, by full name; PEFT names it by its end."""
+    found = (re.match(rf"((?:.*?\.)?{re.escape(module)})\.", name) for module in modules)
+    return next((match[1] for match in found if match), None)
 
 
 def size(folder: Path) -> int:

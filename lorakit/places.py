@@ -22,7 +22,7 @@ def locate(name: str, error: type[LorakitError], where: str) -> Path:
 
 
 def _in_package(name: str, error: type[LorakitError], where: str) -> Path:
-    package, slash, inside = name.removeprefix(PACKAGE).partition("/")
+    package, _, inside = name.removeprefix(PACKAGE).partition("/")
     if not (package and inside):
         raise error(f"{where}: {name!r}: expected {PACKAGE}DISTRIBUTION/PATH.")
     try:

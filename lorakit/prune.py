@@ -133,7 +133,7 @@ def _by_budget(
 
 
 def _truncated(svd: ThinSVD, rank: int, like: Factors) -> Factors:
-    """A' = S^(1/2) Vh, B' = U S^(1/2) of the leading `rank` terms: balanced, so it trains on well."""
+    """A' = S^(1/2) Vh, B' = U S^(1/2) of the leading `rank` terms: balanced, to train on well."""
     root = svd.S[:rank].sqrt()
     return Factors(
         (root[:, None] * svd.Vh[:rank]).to(like.A.dtype).contiguous(),

@@ -1,4 +1,4 @@
-"""A recipe: what is fine-tuned, on what, by which variant, and how. Read, overridden, checked, dumped."""
+"""A recipe: what is tuned, on what, by which variant and how. Read, overridden, checked, dumped."""
 
 from __future__ import annotations
 
@@ -189,10 +189,10 @@ def _is_free(path: KeyPath, data: Any) -> bool:
 
 def _typed(text: str, field: FieldInfo) -> Any:
     """`text` as the YAML value it looks like, or as itself where the field wants a word."""
-    value = scalar(text)
+    value, wanted = scalar(text), field.rebuild_annotation()
     for candidate in (value, text):
         try:
-            TypeAdapter(field.annotation).validate_python(candidate, strict=True)
+            TypeAdapter(wanted).validate_python(candidate, strict=True)
         except ValidationError:
             continue
         return candidate
@@ -253,7 +253,9 @@ def _explain(fault: Any, document: Document) -> str:
 
 
 def _nearest_of(given: Any, expected: str) -> str:
-    return nearest(str(given), [word.strip("' ") for word in expected.replace("or", ",").split(",")])
+    return nearest(
+        str(given), [word.strip("' ") for word in expected.replace("or", ",").split(",")]
+    )
 
 
 def _path_in(loc: Sequence[str | int], kind: str, data: Any) -> KeyPath:

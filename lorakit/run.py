@@ -18,7 +18,7 @@ from lorakit import recipe as recipes
 from lorakit.adapter import Plan
 from lorakit.checkpoint import Meta
 from lorakit.data.batching import steps_in_epoch
-from lorakit.disk import refuse_existing, whole_folder
+from lorakit.disk import refuse_existing, whole_folder, write_text
 from lorakit.engine import Engine
 from lorakit.errors import FolderError, RecipeError, nearest, several
 from lorakit.inject import Layers, inject, plan, sites, trained_whole
@@ -27,7 +27,15 @@ from lorakit.recipe import Recipe
 from lorakit.train import Progress, Row, Timetable, Trainee, finished, train
 from lorakit.trained import pairs_at
 
-PACKAGES = ("lorakit", "torch", "transformers", "datasets", "accelerate", "safetensors", "tokenizers")
+PACKAGES = (
+    "lorakit",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+)
 
 
 class Screen(Protocol):
@@ -96,16 +104,15 @@ def prepare(recipe: Recipe, processes: int = 1) -> Prepared:
     config, notes = recipe.adapter, list(task.notes)
     whole = trained_whole(base.model, base.head, config.also_train)
     found = sites(base.model, config, whole)
-    ranks, starts, heads = None, None, {}
+    ranks, starts = None, None
+    heads: dict[str, dict[str, Tensor]] = {}
     if config.init_from is not None:
         starts, heads = pairs_at(_existing(config.init_from, "adapter.init_from"))
     if config.ranks_from is not None:
         pairs, _ = pairs_at(_existing(config.ranks_from, "adapter.ranks_from"))
         ranks = {name: pair.rank for name, pair in pairs.items()}
     plans = plan(config, found, ranks, starts)
-    layers = inject(
-        base.model, plans, variants.get(config.variant).layer, config, whole, base.head
-    )
+    layers = inject(base.model, plans, variants.get(config.variant).layer, config, whole, base.head)
     notes += _take_over(heads, base, whole)
     size = recipe.train.batch_size * recipe.train.accumulate * processes
     timetable = recipe.train.timetable(steps_in_epoch(task.rows("train"), size))
@@ -275,7 +282,9 @@ def _make(folder: Path, recipe: Recipe, engine: Engine) -> None:
         return
     with whole_folder(folder) as temporary:
         (temporary / "recipe.yaml").write_text(recipes.dump(recipe), encoding="utf-8")
-        (temporary / "environment.json").write_text(json.dumps(environment(engine), indent=2) + "\n")
+        (temporary / "environment.json").write_text(
+            json.dumps(environment(engine), indent=2) + "\n"
+        )
         (temporary / "metrics.jsonl").touch()
 
 
@@ -288,7 +297,7 @@ def _go_on(folder: Path, trainee: Trainee, prepared: Prepared) -> None:
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= trainee.progress.step]
-    checkpoint.write_text(path, "".join(kept))
+    write_text(path, "".join(kept))
 
 
 def _step_of(line: str) -> float:

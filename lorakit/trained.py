@@ -8,11 +8,10 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from lorakit import checkpoint, models, peft_format, variants
 from lorakit import recipe as recipes
-from lorakit.adapter import Adapter, Factors, Plan, VariantConfig
+from lorakit.adapter import Adapter, Factors, Plan, VariantConfig, thin
 from lorakit.errors import FolderError
 from lorakit.inject import Layers, inject
 from lorakit.models import Head, ModelSection, Precision
@@ -37,7 +36,7 @@ class PlainLinear(Adapter):
         self.register_buffer("B", plan.start.B)
 
     def update(self, x: Tensor) -> Tensor:
-        return linear(linear(x.to(self.A.dtype), self.A), self.B)
+        return thin(x, self.A, self.B)
 
     def factors(self) -> Factors:
         return Factors(self.A, self.B)
@@ -107,7 +106,9 @@ def with_pairs(
 
     """
     modules = dict(base.model.named_modules())
-    faults = [f"{name}: no such module in the base" for name in (*pairs, *whole) if name not in modules]
+    faults = [
+        f"{name}: no such module in the base" for name in (*pairs, *whole) if name not in modules
+    ]
     plans = {name: Plan(pair.rank, 1.0, pair) for name, pair in pairs.items() if pair.rank}
     config = VariantConfig(variant="plain")
     if faults:
@@ -119,7 +120,9 @@ def with_pairs(
     for name, layer in layers.items():
         found, given = (layer.m, layer.n), (pairs[name].B.shape[0], pairs[name].A.shape[1])
         if found != given:
-            faults.append(f"{name}: the pair is {given[0]} x {given[1]}, the base {found[0]} x {found[1]}")
+            faults.append(
+                f"{name}: the pair is {given[0]} x {given[1]}, the base {found[0]} x {found[1]}"
+            )
     if faults:
         raise FolderError("\n  ".join([f"{origin} does not fit the base model:", *faults]))
     return layers

@@ -51,7 +51,7 @@ def parse(text: str, name: str) -> Document:
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not YAML: {error}.") from None
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     return document
 
 
@@ -69,12 +69,10 @@ def _value(loader: _Loader, node: yaml.Node, path: Path, into: Document) -> Any:
         return _mapping(loader, node, path, into)
     if isinstance(node, yaml.SequenceNode):
         return tuple(_value(loader, item, (*path, i), into) for i, item in enumerate(node.value))
-    return loader.construct_object(node)  # type: ignore[no-untyped-call]
+    return loader.construct_object(node)
 
 
-def _mapping(
-    loader: _Loader, node: yaml.MappingNode, path: Path, into: Document
-) -> dict[str, Any]:
+def _mapping(loader: _Loader, node: yaml.MappingNode, path: Path, into: Document) -> dict[str, Any]:
     loader.flatten_mapping(node)  # resolves `<<`
     found: dict[str, Any] = {}
     for key_node, value_node in node.value:

@@ -14,8 +14,10 @@ from lorakit.schema import Section
 
 
 class DataSection(Section):
-    """The rows of a classification task: a .csv, .tsv or .jsonl file, or a folder that holds one
-    folder of text files for each label."""
+    """The rows of a classification task: a .csv, .tsv or .jsonl file, or a folder of folders.
+
+    In the latter each label has its own folder of .txt files.
+    """
 
     train: str
     """A path, or `package:DISTRIBUTION/PATH`."""
@@ -24,7 +26,7 @@ class DataSection(Section):
     held_out: float = Field(0.2, gt=0.0, lt=1.0)
     """Share of `train` to split off where `validation` is null, label by label."""
     split_seed: NonNegativeInt = 0
-    """Of the split; not the run's seed, so that runs of several seeds are scored on the same rows."""
+    """Of the split; not the run's seed: runs of several seeds are scored on the same rows."""
     text: str | tuple[str, str] = "text"
     """Column of the text, or columns of a pair of texts."""
     label: str = "label"
@@ -89,14 +91,18 @@ def check_labels(rows: Rows, labels: Sequence[str], where: str, several: bool = 
 
 
 def without_duplicates(rows: Rows) -> tuple[Rows, list[str]]:
-    """The first row of every text, and a line that counts what was dropped."""
+    """The first row of every text, and a line that counts what was dropped.
+
+    Texts that differ in white space alone are the same: most tokenizers give them the same ids.
+    """
     first: dict[tuple[str, ...], int] = {}
-    for i, text in enumerate(rows.texts):
+    bare = [tuple(" ".join(part.split()) for part in text) for text in rows.texts]
+    for i, text in enumerate(bare):
         first.setdefault(text, i)
-    dropped = len(rows.texts) - len(first)
+    dropped = len(bare) - len(first)
     if not dropped:
         return rows, []
-    other = sum(rows.labels[i] != rows.labels[first[t]] for i, t in enumerate(rows.texts))
+    other = sum(rows.labels[i] != rows.labels[first[text]] for i, text in enumerate(bare))
     note = f"{dropped:,} of {len(rows.texts):,} rows repeat an earlier text and were left out"
     note += f", {other:,} of them with another label" if other else ""
     return rows.take(first.values()), [f"{note}: {len(first):,} remain"]

@@ -47,8 +47,9 @@ class TaskSection(Section):
 class Task(Protocol):
     """All that the loop and the evaluation know of a problem."""
 
-    notes: tuple[str, ...]
-    """What was done to the rows, to be said aloud."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done to the rows, to be said aloud."""
 
     def head(self) -> Head:
         """What the model's last layer must be; known before the model is loaded."""

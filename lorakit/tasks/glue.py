@@ -1,4 +1,4 @@
-"""GLUE (Wang et al. 2018, arXiv:1804.07461): a table of its tasks, read from the hub or a folder."""
+"""GLUE (Wang et al. 2018, arXiv:1804.07461): its tasks in a table, from the hub or a folder."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ def _from_file(task: Glue, path: Path) -> Rows:
             if missing := [c for c in (*task.text, "label") if c not in record]:
                 found = ", ".join(record)
                 raise DataError(
-                    f"task.data_dir: {path} line {line} has no column {missing[0]!r}; it has {found}."
+                    f"task.data_dir: {path} line {line} has no {missing[0]!r}; it has {found}."
                 )
             _append(rows, task, record, f"{path.name} line {line}")
     except (OSError, UnicodeDecodeError) as error:

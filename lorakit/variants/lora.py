@@ -15,9 +15,16 @@ from typing import Literal, final
 
 from pydantic import PositiveFloat
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from lorakit.adapter import Adapter, Factors, Plan, Variant, VariantConfig, plain_parameters
+from lorakit.adapter import (
+    Adapter,
+    Factors,
+    Plan,
+    Variant,
+    VariantConfig,
+    plain_parameters,
+    thin,
+)
 
 
 class LoRAConfig(VariantConfig):
@@ -45,7 +52,7 @@ class LoRALinear(Adapter):
         self.lr_ratio = config.lr_ratio
 
     def update(self, x: Tensor) -> Tensor:
-        return self.scale * linear(linear(x.to(self.A.dtype), self.A), self.B)
+        return thin(x, self.A, self.scale * self.B)
 
     def factors(self) -> Factors:
         return Factors(self.A.detach(), self.scale * self.B.detach())

@@ -27,7 +27,6 @@ from typing import Any, Literal, Self, final
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from lorakit.adapter import (
     Adapter,
@@ -38,6 +37,7 @@ from lorakit.adapter import (
     Variant,
     VariantConfig,
     plain_parameters,
+    thin,
 )
 from lorakit.schema import Section
 
@@ -48,8 +48,8 @@ class Sparsity(Section):
     """How hard gates are pushed towards 0."""
 
     lam: NonNegativeFloat | None = Field(2.0, alias="lambda")
-    """The threshold is xi_t = eta_t lambda, with eta_t the gates' learning rate at step t; 0 leaves
-    a gated LoRA. Under Adam a different scale from the objective's lambda: docs/methods.md."""
+    """The threshold is xi_t = eta_t lambda, with eta_t the gates' rate at step t; 0 leaves a gated
+    LoRA. Under Adam a different scale from the objective's lambda: docs/methods.md."""
     xi: NonNegativeFloat | None = None
     """A constant threshold for each step, whatever the rate; instead of `lambda`."""
     gate_lr: PositiveFloat = 1e-2
@@ -91,7 +91,7 @@ class Sparsity(Section):
         return value
 
     def values(self) -> list[float]:
-        """The schedule's values in order, the last of them `strength` (Algorithm 1's list of xi)."""
+        """The schedule's values in order, the last of them `strength` (Algorithm 1's xi list)."""
         a, b, count = self.start, self.strength, self.levels
         grid = [i / (count - 1) for i in range(count)] if count > 1 else [1.0]
         match self.schedule:
@@ -130,8 +130,7 @@ class SoRALinear(Adapter):
         self.gate_lr = config.sparsity.gate_lr
 
     def update(self, x: Tensor) -> Tensor:
-        h = linear(x.to(self.A.dtype), self.A)  # (..., r)
-        return self.scale * linear(self.g * h, self.B)
+        return thin(x, self.A, self.scale * self.g * self.B)  # gates on (m, r), not on (..., r)
 
     def factors(self) -> Factors:
         live = self.g.detach() != 0  # (r,)
