@@ -1,0 +1,281 @@
+"""Laws that hold for every variant. `config` runs each of them over every file of the folder.
+
+A law is asked of a variant that promises it; `test_promises_are_as_written_here` pins who does.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import yaml
+from conftest import MINILM
+from planted import injected, net, pupil, section, taught
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from lorakit import models, peft_format, variants
+from lorakit.adapter import Adapter, Plan, Promises, VariantConfig
+from lorakit.models import Base, Head, ModelSection
+from lorakit.peft_format import PeftAdapter
+from lorakit.prune import plain
+
+SHORT = {"sora": {"sparsity": {"lambda": 3.0, "gate_lr": 0.1}}}
+"""Settings that make something happen within a few steps."""
+
+PROMISES = {
+    "lora": Promises(exact_start=True, low_rank=True, exchangeable_ranks=True),
+    "sora": Promises(exact_start=True, low_rank=True, exchangeable_ranks=True),
+}
+
+
+def config_of(variant: str, **settings: object) -> VariantConfig:
+    given = {"variant": variant, "rank": 4, "alpha": 8.0, **SHORT.get(variant, {}), **settings}
+    return variants.get(variant).config.model_validate(given)
+
+
+@pytest.fixture(params=variants.names())
+def config(request: pytest.FixtureRequest) -> VariantConfig:
+    """Every variant in turn: a new file is under test at once."""
+    return config_of(request.param)
+
+
+@pytest.fixture
+def layers(config: VariantConfig) -> dict[str, Adapter]:
+    return injected(net(), config)
+
+
+def promises(config: VariantConfig, promise: str) -> None:
+    if not getattr(variants.get(config.variant).promises, promise):
+        pytest.skip(f"{config.variant} does not promise {promise}")
+
+
+def own_parameters(layer: Adapter) -> Iterable[nn.Parameter]:
+    return (p for name, p in layer.named_parameters() if not name.startswith("base."))
+
+
+@torch.no_grad()
+def scramble(layers: Iterable[Adapter]) -> None:
+    """Moves every parameter off its start, and kills ranks 0 and 2 where there are gates."""
+    for layer in layers:
+        for p in own_parameters(layer):
+            p.add_(0.3 * torch.randn_like(p))
+            if p.shape == (layer.r,):
+                p[::2] = 0.0
+
+
+@torch.no_grad()
+def permute_ranks(layer: Adapter, order: Tensor) -> None:
+    """Reorders every axis of length r of the layer's own parameters and buffers."""
+    own = layer.own_state()
+    for name, value in own.items():
+        for axis, length in enumerate(value.shape):
+            if length == layer.r:
+                own[name].copy_(value.index_select(axis, order))
+
+
+def minilm() -> Base:
+    section = ModelSection(name=MINILM, precision="fp32")
+    return models.load(section, Head(("a", "b", "c")), seed=0)
+
+
+def test_promises_are_as_written_here() -> None:
+    assert {name: variants.get(name).promises for name in variants.names()} == PROMISES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_is_the_base_model_bit_for_bit(
+    config: VariantConfig, dtype: torch.dtype
+) -> None:
+    promises(config, "exact_start")
+    model = net().to(dtype)
+    x = torch.randn(4, 16).to(dtype)
+    before = model(x)
+    injected(model, config)
+    assert torch.equal(model(x), before)
+
+
+def test_a_fresh_adapter_is_the_pretrained_transformer_bit_for_bit(config: VariantConfig) -> None:
+    promises(config, "exact_start")
+    model = minilm().model.eval()
+    rows = models.probe(model)
+    with torch.no_grad():
+        before = model(**rows).logits
+        injected(model, config, whole=["classifier"])
+        assert torch.equal(model(**rows).logits, before)
+
+
+def test_it_trains_nothing_but_itself(config: VariantConfig) -> None:
+    model = net()
+    layers = injected(model, config)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(name.split(".")[0] in layers and ".base." not in name for name in trained)
+
+
+def test_a_layer_alone_freezes_its_base(config: VariantConfig) -> None:
+    alone = variants.get(config.variant).layer(nn.Linear(8, 8), config, Plan(4, config.scale))
+    assert not any(p.requires_grad for p in alone.base.parameters())
+
+
+def test_training_never_edits_the_base(config: VariantConfig) -> None:
+    settings = section(steps=5)
+    trainee, before = pupil(config, settings), net().state_dict()
+    taught(trainee, settings)
+    for name, layer in trainee.layers.items():
+        for key, value in layer.base.state_dict().items():
+            assert torch.equal(value, before[f"{name}.{key}"])
+
+
+def test_adapters_are_float32_over_a_bfloat16_base_and_answer_in_bfloat16(
+    config: VariantConfig,
+) -> None:
+    model = net().bfloat16()
+    layers = injected(model, config)
+    assert {p.dtype for layer in layers.values() for p in own_parameters(layer)} == {torch.float32}
+    assert model(torch.randn(4, 16).bfloat16()).dtype == torch.bfloat16
+
+
+def test_factors_are_the_update_in_evaluation(layers: dict[str, Adapter]) -> None:
+    scramble(layers.values())
+    for layer in layers.values():
+        layer.eval()
+        x = torch.randn(3, 5, layer.n)
+        A, B = layer.factors()
+        assert_close(x @ A.T @ B.T, layer.update(x), rtol=1e-4, atol=1e-5)
+        assert not A.requires_grad
+        assert not B.requires_grad
+
+
+def test_the_live_rank_is_the_rank_of_the_factors(layers: dict[str, Adapter]) -> None:
+    scramble(layers.values())
+    for layer in layers.values():
+        A, B = layer.factors()
+        assert A.shape == (layer.rank(), layer.n)
+        assert B.shape == (layer.m, layer.rank())
+
+
+def test_the_scale_does_not_follow_the_rank(config: VariantConfig) -> None:
+    """A module that starts with another rank than the recipe's keeps the recipe's scale."""
+    layers = injected(net(), config, ranks={"up": 2, "down": 7})
+    assert {layer.scale for layer in layers.values()} == {config.scale}
+
+
+def test_looking_changes_nothing(layers: dict[str, Adapter]) -> None:
+    """`factors` and `rank` are asked in the middle of training, to log."""
+    before, random = {}, torch.get_rng_state()
+    for name, layer in layers.items():
+        before[name] = {key: value.clone() for key, value in layer.own_state().items()}
+        layer.factors()
+        layer.rank()
+    assert torch.equal(torch.get_rng_state(), random)
+    assert_close({n: layer.own_state() for n, layer in layers.items()}, before, rtol=0, atol=0)
+
+
+def test_it_learns_a_planted_task(config: VariantConfig) -> None:
+    settings = section(eval_every=1)
+    gentle = type(config).model_validate({"variant": config.variant, "rank": 4, "alpha": 8.0})
+    scores = taught(pupil(gentle, settings), settings).scores()
+    assert scores[-1] < 0.5 * scores[0]
+
+
+def test_permuting_ranks_changes_nothing(layers: dict[str, Adapter], config: VariantConfig) -> None:
+    promises(config, "exchangeable_ranks")
+    scramble(layers.values())
+    for layer in layers.values():
+        layer.eval()
+        x = torch.randn(3, layer.n)
+        before, rank = layer(x), layer.rank()
+        permute_ranks(layer, torch.tensor([2, 0, 3, 1]))
+        assert_close(layer(x), before, rtol=1e-5, atol=1e-6)
+        assert layer.rank() == rank
+
+
+def test_pruned_and_loaded_by_peft_it_is_the_same_model(
+    config: VariantConfig, tmp_path: Path
+) -> None:
+    """Into the pretrained MiniLM, with ranks that differ between modules and one that is 0."""
+    promises(config, "low_rank")
+    names = [f"bert.encoder.layer.{i}.attention.self.query" for i in range(4)]
+    config = config.model_copy(update={"targets": (*names, "bert.pooler.dense"), "rank": 8})
+    base = minilm()
+    ranks = dict(zip((*names, "bert.pooler.dense"), (3, 8, 1, 5, 8), strict=True))
+    layers = injected(base.model, config, ranks, whole=["classifier"])
+    scramble(layers.values())
+    with torch.no_grad():
+        for p in own_parameters(layers[names[0]]):  # the first module dies, whatever the variant
+            p.zero_()
+        head = base.model.get_submodule("classifier")
+        for p in head.parameters():
+            p.add_(torch.randn_like(p))
+    pairs = plain(layers)
+    if pairs[names[0]].rank:  # LoRA knows no dead ranks
+        pairs[names[0]] = pairs[names[0]]._replace(
+            A=pairs[names[0]].A[:0], B=pairs[names[0]].B[:, :0]
+        )
+    assert len({pair.rank for pair in pairs.values()}) > 2
+    whole = peft_format.tensors_of({"classifier": head})
+    peft_format.write(tmp_path, PeftAdapter(pairs, whole, "minilm", "SEQ_CLS"))
+
+    theirs = peft.PeftModel.from_pretrained(minilm().model, tmp_path).eval()
+    rows = models.probe(base.model)
+    with torch.no_grad():
+        ours = base.model.eval()(**rows).logits
+        assert_close(theirs(**rows).logits, ours, rtol=0, atol=1e-5)
+    plain_base = minilm().model.eval()(**rows).logits
+    assert (ours - plain_base).abs().max() > 0.1  # the adapter does something
+
+
+@pytest.mark.parametrize("variant", variants.names())
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    recipe: Path, lorakit, variant: str
+) -> None:
+    """Stopped in mid-epoch: weights, head, moments, variant state, random state, metrics, best."""
+    given = yaml.safe_load(recipe.read_text())
+    given["adapter"] = {"variant": variant, "rank": 4, "dropout": 0.1, **SHORT.get(variant, {})}
+    given["train"] |= {"steps": 14, "save_every": 5, "eval_every": 4, "log_every": 3, "lr": 1e-2}
+    recipe.write_text(yaml.safe_dump(given))
+    assert lorakit("train", recipe).code == 0
+    whole = Path("runs/tiny").rename("runs/whole")
+
+    assert lorakit("train", recipe).code == 0
+    run = Path("runs/tiny")
+    stop_at(run, 5)
+    answer = lorakit("train", recipe, "--resume")
+    assert answer.code == 0, answer.err
+    assert "resumed at step 5" in answer.err
+
+    for part in ("adapter", "head", "state"):
+        file = f"checkpoints/step-000014/{part}.safetensors"
+        assert_close(load_file(run / file), load_file(whole / file), rtol=0, atol=0)
+    for file in ("checkpoints/step-000014/state.json", "checkpoints/last"):
+        assert (run / file).read_text() == (whole / file).read_text()
+    assert metrics(run) == metrics(whole)
+    assert best_of(run) == best_of(whole)
+
+
+def stop_at(run: Path, step: int) -> None:
+    """Leaves `run` as a kill some steps after its checkpoint of `step` would."""
+    import shutil
+
+    for folder in (run / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    (run / "checkpoints" / "last").write_text(f"step-{step:06d}\n")
+    (run / "checkpoints" / "best").unlink(missing_ok=True)
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(rows[:-1]) + rows[-1][:20])  # cut in mid-line
+
+
+def metrics(run: Path) -> list[dict[str, object]]:
+    """All rows, without the one number that is a time."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "samples_per_s"} for row in rows]
+
+
+def best_of(run: Path) -> str | None:
+    path = run / "checkpoints" / "best"
+    return path.read_text() if path.exists() else None
