@@ -82,7 +82,8 @@ class Planted:
 
     def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
         for i in range(0, self.rows(split), batch_size):
-            yield self._batch(list(range(i, i + batch_size)), self.rows("train"))
+            rows = list(range(i, min(i + batch_size, self.rows(split))))
+            yield self._batch(rows, self.rows("train"))
 
     def items(self, batch: Batch) -> int:
         return len(batch.rows)

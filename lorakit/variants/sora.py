@@ -93,14 +93,14 @@ class Sparsity(Section):
     def values(self) -> list[float]:
         """The schedule's values in order, the last of them `strength` (Algorithm 1's xi list)."""
         a, b, count = self.start, self.strength, self.levels
-        grid = [i / (count - 1) for i in range(count)] if count > 1 else [1.0]
+        if self.schedule == "constant":
+            return [b]
+        grid = [i / (count - 1) for i in range(count)]  # 0 to 1
         match self.schedule:
-            case "constant":
-                return [b]
             case "linear":
                 return [a + (b - a) * u for u in grid]
             case "log-linear":  # log((1 - u) e^a + u e^b), without overflow
-                return [b + log(u + (1 - u) * exp(a - b)) for u in grid]
+                return [a, *(b + log(u + (1 - u) * exp(a - b)) for u in grid[1:])]
             case "exp-linear":
                 return [a * (b / a) ** u for u in grid]
 

@@ -1,0 +1,220 @@
+"""What the loop promises, seen by spies."""
+
+from typing import Any
+
+import pytest
+import torch
+from planted import Notes, Planted, net, planted, pupil, section, taught
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from lorakit import optim
+from lorakit.adapter import Controller, Step
+from lorakit.data.batching import Batch
+from lorakit.errors import DataError
+from lorakit.train import Progress, Timetable, headline
+from lorakit.variants.lora import LoRAConfig
+
+LORA = LoRAConfig(variant="lora", rank=4, alpha=8.0)
+
+
+class Spy(Controller[Any, Any]):
+    """Writes down what it is told, and what gradients it finds."""
+
+    def __init__(self) -> None:
+        super().__init__({}, LORA, 0)
+        self.seen: list[tuple[int, int, float]] = []
+        self.gradients = True
+        self.rests = True
+
+    def after_step(self, ctx: Step) -> None:
+        self.seen.append((ctx.step, ctx.steps, ctx.rate(self.parameter)))
+        self.gradients &= self.parameter.grad is not None
+
+    def settled(self) -> bool:
+        return self.rests
+
+
+def spied(settings: Any) -> tuple[Spy, Any]:
+    spy, trainee = Spy(), pupil(LORA, settings)
+    spy.parameter = trainee.layers["up"].B
+    return spy, type(trainee)(
+        trainee.model, trainee.layers, spy, trainee.optimizer, trainee.progress
+    )
+
+
+def test_the_variant_is_called_once_a_step_with_the_groups_rate_and_gradients_still_there() -> None:
+    settings = section(steps=4)
+    spy, trainee = spied(settings)
+    taught(trainee, settings)
+    want = [(step, 4, 3e-2 * optim.factor(step, 4, settings)) for step in (1, 2, 3, 4)]
+    assert spy.seen == want
+    assert spy.gradients
+
+
+@pytest.mark.parametrize("rows", [64, 56])  # 56: the last step of an epoch has fewer rows
+def test_accumulating_takes_the_step_of_the_big_batch(rows: int) -> None:
+    task = planted(rows)
+    ended = {}
+    for batch_size, accumulate in ((16, 1), (4, 4)):
+        torch.manual_seed(0)
+        settings = section(steps=6, batch_size=batch_size, accumulate=accumulate)
+        trainee = pupil(LORA, settings)
+        taught(trainee, settings, task)
+        ended[accumulate] = {name: layer.own_state() for name, layer in trainee.layers.items()}
+    assert_close(ended[4], ended[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_the_mean_over_the_items_of_the_whole_step() -> None:
+    """Seven rows in batches of 4 and 3: a mean of the batches' means would be off."""
+    task = planted(7)
+    settings = section(steps=1, batch_size=4, accumulate=2, log_every=1)
+    trainee = pupil(LORA, settings)
+    with torch.no_grad():
+        whole = (net()(task.x[:7]) - task.y[:7]).square().mean()
+    notes = taught(trainee, settings, task)
+    assert notes.rows[0]["loss"] == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_gradients_are_clipped_to_their_joint_norm() -> None:
+    settings = section(steps=1, clip=1e-3, log_every=1)
+    norms: list[float] = []
+
+    class Watch(Spy):
+        def after_step(self, ctx: Step) -> None:
+            norms.append(float(torch.cat([p.grad.flatten() for p in self.trained]).norm()))
+
+    trainee = pupil(LORA, settings)
+    watch = Watch()
+    watch.trained = [p for p in trainee.model.parameters() if p.requires_grad]
+    notes = taught(type(trainee)(trainee.model, trainee.layers, watch, trainee.optimizer), settings)
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+    assert notes.rows[0]["norm"] > 1e-3  # the log tells the norm before
+
+
+def test_the_last_step_is_logged_scored_and_saved_whatever_the_intervals() -> None:
+    settings = section(steps=7, log_every=3, eval_every=4, save_every=5)
+    notes = taught(pupil(LORA, settings), settings)
+    logged = [row["step"] for row in notes.rows if "ranks" in row]
+    scored = [row["step"] for row in notes.rows if "ranks" not in row]
+    assert (logged, scored) == ([3, 6, 7], [4, 7])
+    assert {5, 7} <= set(notes.saved)
+    assert notes.ticks == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_logged_row_has_what_the_readme_says() -> None:
+    settings = section(steps=2, log_every=1)
+    row = taught(pupil(LORA, settings), settings).rows[0]
+    assert set(row) == {"step", "loss", "norm", "lr", "samples_per_s", "ranks"}
+    assert row["ranks"] == {"up": 4, "down": 4}
+
+
+def test_a_checkpoint_is_saved_at_every_best_score() -> None:
+    settings = section(steps=30, eval_every=5, save_every=None)
+    notes = taught(pupil(LORA, settings), settings)
+    best = [min(notes.scores()[: i + 1]) == s for i, s in enumerate(notes.scores())]
+    assert notes.saved == sorted({5 * (i + 1) for i, is_best in enumerate(best) if is_best} | {30})
+
+
+def test_patience_ends_a_run_that_gets_no_better() -> None:
+    settings = section(steps=50, lr=1e-9, eval_every=5, patience=2)
+    notes = taught(pupil(LORA, settings), settings, Stubborn(planted().x, planted().y))
+    assert notes.ticks[-1] == 15  # best at 5, then two more
+    assert notes.saved[-1] == 15
+
+
+def test_best_and_patience_wait_until_ranks_have_settled() -> None:
+    settings = section(steps=40, eval_every=5, patience=2)
+    spy, trainee = spied(settings)
+    spy.rests = False
+    notes = taught(trainee, settings, Stubborn(planted().x, planted().y))
+    assert notes.ticks[-1] == 40
+    assert trainee.progress.best_step is None
+
+
+def test_ranks_that_move_again_make_the_best_forgotten() -> None:
+    progress = Progress(step=10)
+    assert progress.judge(0.5)
+    progress.forget_best()
+    assert (progress.best_step, progress.best_score, progress.stale) == (None, None, 0)
+    progress.step = 20
+    assert progress.judge(0.1)
+
+
+def test_a_loss_is_better_when_lower_and_a_metric_when_higher() -> None:
+    assert headline({"accuracy": 90.0, "loss": 0.3}, None) == 90.0
+    assert headline({"accuracy": 90.0, "loss": 0.3}, "loss") == -0.3
+
+
+class Stubborn(Planted):
+    """Scores that never change."""
+
+    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        return {"loss": 1.0}
+
+
+class Poisoned(Planted):
+    """Row 7 has no answer."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = super().loss(model, batch)
+        return loss * float("nan") if 7 in batch.rows else loss
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_rows() -> None:
+    task = planted()
+    settings = section(steps=60, batch_size=8)
+    trainee, notes = pupil(LORA, settings), Notes()
+    with pytest.raises(DataError, match=r"the loss is nan") as error:
+        taught(trainee, settings, Poisoned(task.x, task.y))
+    rows = str(error.value).split("training split: ")[1].split("\n")[0].split(", ")
+    assert "7" in rows
+    assert len(rows) == 8
+    assert not notes.saved
+    assert all(p.isfinite().all() for p in trainee.model.parameters())
+
+
+def test_scoring_leaves_the_model_in_training() -> None:
+    settings = section(steps=4, eval_every=2)
+    trainee = pupil(LORA, settings)
+    taught(trainee, settings)
+    assert trainee.model.training
+
+
+# learning rates
+
+
+def test_rates_rise_to_the_peak_then_fall_to_zero_just_behind_the_last_step() -> None:
+    settings = section(steps=100, warmup=0.1, schedule="linear")
+    factors = [optim.factor(step, 100, settings) for step in range(1, 101)]
+    assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert factors[10] == 1.0
+    assert factors[-1] == pytest.approx(1 / 90)
+    assert max(factors) == 1.0
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_cosine_is_half_way_in_the_middle_and_constant_stays() -> None:
+    cosine, constant = (section(warmup=0.0, schedule=kind) for kind in ("cosine", "constant"))
+    assert optim.factor(51, 100, cosine) == pytest.approx(0.5)
+    assert {optim.factor(step, 100, constant) for step in range(1, 101)} == {1.0}
+
+
+def test_no_step_has_rate_zero() -> None:
+    for steps in (1, 2, 3, 10):
+        for kind in ("linear", "cosine", "constant"):
+            settings = section(warmup=0.5, schedule=kind)
+            assert all(optim.factor(step, steps, settings) > 0 for step in range(1, steps + 1))
+
+
+def test_biases_and_norms_are_not_decayed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = optim.adamw(model, {}, section(weight_decay=0.1))
+    decay = {p.ndim: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decay == {2: 0.1, 1: 0.0}
+
+
+def test_intervals_in_epochs_are_turned_into_steps() -> None:
+    settings = section(steps=None, epochs=3, eval_every="1 epoch", save_every="2 epochs")
+    assert settings.timetable(50) == Timetable(150, 10, 50, 100)
+    assert section(steps=None, epochs=0.5).timetable(50).steps == 25
