@@ -183,7 +183,7 @@ def _quiet() -> None:
 
 
 def _cannot_load(section: ModelSection, error: Exception) -> str:
-    from transformers.utils import is_offline_mode
+    from huggingface_hub import is_offline_mode
 
     reason = str(error).strip().splitlines()[0]
     message = f"model.name: {section.name!r} cannot be loaded: {reason}"
