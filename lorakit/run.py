@@ -139,7 +139,7 @@ def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome:
     trainee = _trainee(prepared, engine)
     if not resume:
         _make(folder, recipe, engine)
-    elif (folder / "checkpoints" / "last").is_file():
+    else:
         _go_on(folder, trainee, prepared)
         screen.note(f"resumed at step {trainee.progress.step:,} of {prepared.timetable.steps:,}")
     timetable, progress = prepared.timetable, trainee.progress
@@ -289,11 +289,12 @@ def _make(folder: Path, recipe: Recipe, engine: Engine) -> None:
 
 
 def _go_on(folder: Path, trainee: Trainee, prepared: Prepared) -> None:
-    """Loads the last checkpoint and drops the lines of metrics.jsonl behind it."""
-    last = checkpoint.find(folder, "last")
-    whole = {name: trainee.model.get_submodule(name) for name in prepared.whole}
-    checkpoint.load_weights(last, trainee.layers, whole)
-    checkpoint.load_state(last, trainee)
+    """Loads the last checkpoint, if there is one, and drops the lines of metrics.jsonl behind it."""
+    if (folder / "checkpoints" / "last").is_file():
+        last = checkpoint.find(folder, "last")
+        whole = {name: trainee.model.get_submodule(name) for name in prepared.whole}
+        checkpoint.load_weights(last, trainee.layers, whole)
+        checkpoint.load_state(last, trainee)
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= trainee.progress.step]
