@@ -1,18 +1,46 @@
-"""The model card of a pruned adapter."""
+"""What is said of a pruned folder: to the terminal, in its model card, and to programs."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit import __version__
 
 if TYPE_CHECKING:
-    from lorakit.export import Pruned
+    from lorakit.prune import Selection
     from lorakit.trained import Trained
 
 _LOADERS = {
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
 }
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was written, and how it compares with what it was written from."""
+
+    out: Path
+    source: Path
+    start: dict[str, int]
+    """Ranks at the start, by module."""
+    ranks: dict[str, int]
+    """Ranks kept; 0 where the module left the adapter."""
+    parameters: tuple[int, int]
+    """Numbers in the pairs, at the start ranks and kept."""
+    size: tuple[int, int]
+    """Bytes of the weight files, before and after, head included."""
+    error: float
+    """Relative error of the update; 0 where only dead ranks left."""
+    difference: float
+    """Largest difference of logits between the folder, reloaded, and what it should be."""
+    shift: float
+    """Largest difference of logits to the adapter before pruning."""
+    limits: tuple[str, ...]
+    """What readers other than PEFT will not take."""
 
 
 def card(trained: Trained, pruned: Pruned) -> str:
@@ -60,3 +88,24 @@ def _loader(trained: Trained) -> str:
 def _call(trained: Trained) -> str:
     count = f", num_labels={len(trained.head.labels)}" if trained.head.labels else ""
     return f"model = {_loader(trained)}.from_pretrained(FOLDER{count})"
+
+
+def provenance(trained: Trained, pruned: Pruned, selection: Selection) -> dict[str, Any]:
+    """`lorakit.json`."""
+    return {
+        "format": 1,
+        "lorakit": __version__,
+        "source": trained.path.name,
+        "step": trained.step,
+        "labels": list(trained.head.labels),
+        "precision": trained.precision,
+        "scores": dict(trained.scores),
+        "selection": selection._asdict() if selection.lossy else "exact",
+        "start": pruned.start,
+        "ranks": pruned.ranks,
+        "parameters": pruned.parameters,
+        "bytes": pruned.size,
+        "relative_error": pruned.error,
+        "logit_difference": pruned.difference,
+        "logit_shift": pruned.shift,
+    }

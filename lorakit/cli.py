@@ -1,10 +1,12 @@
 """The command line. Every command reads its arguments, calls one function, shows the answer.
 
-Nothing heavy is imported before a command runs: `--help` must not wait for torch.
+Nothing heavy is imported before a command runs: `--help` must not wait for torch. Help is plain
+text for the same reason: Rich, with its Markdown reader, takes as long again as all the rest.
 """
 
+from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -14,12 +16,19 @@ app = typer.Typer(
     name="lorakit",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="A first run without any hub:  [bold]lorakit train recipes/quickstart.yaml[/]",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="A first run, without any hub:  lorakit train recipes/quickstart.yaml",
 )
-recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lorakit.")
+recipes_app = typer.Typer(
+    no_args_is_help=True,
+    help="The recipes that come with lorakit.",
+    epilog="To start from one:  lorakit recipes copy quickstart mine.yaml",
+)
 app.add_typer(recipes_app, name="recipes")
+
+FORBIDDEN_OR_FULL = (EACCES, EPERM, EROFS, ENOSPC, EDQUOT)
+"""What a disk may answer anywhere, whatever was looked at before."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Which = Annotated[
@@ -32,7 +41,11 @@ Which = Annotated[
 ]
 BaseModel = Annotated[
     str | None,
-    typer.Option("--base", help="Base model, where the adapter names none or one that moved."),
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="Base model, where the adapter names none or one that moved.",
+    ),
 ]
 
 
@@ -54,10 +67,14 @@ def root(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, or a run folder to go on with.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A recipe, or a run folder for its recipe.")
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE|~KEY]...", help="Keys to set, or to put to default."),
+        typer.Argument(
+            metavar="KEY=VALUE|~KEY", help="Keys to set, or to put back to their defaults."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all that can be checked; train nothing.")
@@ -67,13 +84,15 @@ def train(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train the adapter that RECIPE describes; leave everything in its output_dir.
+    """Train the adapter that a recipe describes.
 
-    [bold]Examples[/]
+    What it leaves behind stands in the recipe's output_dir, which must be new.
+
+    For example:
 
       lorakit train recipes/quickstart.yaml
 
-      lorakit train recipes/quickstart.yaml train.lr=3e-4 adapter.rank=8 output_dir=runs/try
+      lorakit train recipes/quickstart.yaml train.lr=3e-4 output_dir=runs/try
 
       lorakit train recipes/quickstart.yaml --dry-run
 
@@ -89,19 +108,26 @@ def train(
 
 @app.command()
 def prune(
-    path: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a PEFT LoRA folder.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A run, a checkpoint, or a PEFT LoRA folder.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write. Default: `pruned` in the run.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder to write. Default: `pruned` in the run."),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Also cut every module to this rank, by SVD.")
+        int | None, typer.Option(metavar="RANK", help="Also cut every module to this rank, by SVD.")
     ] = None,
     energy: Annotated[
-        float | None, typer.Option(help="Also keep only this share of each module's energy.")
+        float | None,
+        typer.Option(metavar="SHARE", help="Also keep only this share of each module's energy."),
     ] = None,
     keep: Annotated[
         float | None,
-        typer.Option(help="Also keep only this share of the start's budget, over all modules."),
+        typer.Option(
+            metavar="SHARE",
+            help="Also keep only this share of the start's budget, over all modules.",
+        ),
     ] = None,
     of: Annotated[
         str, typer.Option(metavar="ranks|parameters", help="What --keep counts.")
@@ -117,16 +143,16 @@ def prune(
     base: BaseModel = None,
     as_json: Json = False,
 ) -> None:
-    """Write what is left of an adapter as a small, standard PEFT folder.
+    """Write an adapter as a small, standard PEFT folder.
 
     Without --rank, --energy or --keep only dead ranks leave, and nothing changes. The folder is
     read back into a fresh base model and compared before it is called done.
 
-    [bold]Examples[/]
+    For example:
 
       lorakit prune runs/quickstart
 
-      lorakit prune runs/quickstart --keep 0.25 --of parameters --out quarter
+      lorakit prune runs/quickstart --keep 0.25 --out quarter
 
       lorakit prune some/peft/folder --energy 0.99 --out smaller
     """
@@ -139,22 +165,33 @@ def prune(
 def evaluate(
     path: Annotated[
         Path | None,
-        typer.Argument(help="A run, a checkpoint or a PEFT folder. Default: the newest run."),
+        typer.Argument(
+            metavar="PATH",
+            help="A run, a checkpoint or a PEFT folder. Default: the newest run under runs/.",
+        ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="A task, such as glue/sst2. Default: the run's own.")
+        str | None,
+        typer.Option(metavar="TASK", help="A task, such as glue/sst2. Default: the run's own."),
     ] = None,
     data_dir: Annotated[
-        str | None, typer.Option(help="A folder in GLUE's layout, instead of the hub.")
+        str | None,
+        typer.Option(metavar="DIR", help="A folder in GLUE's layout, instead of the hub."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which rows.")] = "validation",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one forward pass.")] = 64,
+    split: Annotated[
+        str, typer.Option(metavar="train|validation", help="Which rows.")
+    ] = "validation",
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Only the first so many rows.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Rows in one forward pass.")
+    ] = 64,
     precision: Annotated[
         str, typer.Option(metavar="fp32|bf16|auto", help="What the base is stored in.")
     ] = "fp32",
     output_path: Annotated[
-        Path | None, typer.Option(help="Also write the result to this JSON file.")
+        Path | None, typer.Option(metavar="FILE", help="Also write the result to this JSON file.")
     ] = None,
     which: Which = None,
     base: BaseModel = None,
@@ -162,13 +199,13 @@ def evaluate(
 ) -> None:
     """Score a run, a checkpoint or a PEFT folder.
 
-    [bold]Examples[/]
+    For example:
 
       lorakit eval --task glue/sst2
 
       lorakit eval runs/quickstart/pruned --output-path scores.json
 
-      lorakit eval some/peft/folder --task glue/sst2 --data-dir data/glue --limit 200
+      lorakit eval some/peft/folder --task glue/sst2 --data-dir data/glue
     """
     from lorakit import commands
     from lorakit.evaluate import Wanted
@@ -179,9 +216,9 @@ def evaluate(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of a recipe, by which editors complete and check.
+    """Print a recipe's JSON schema, by which editors complete.
 
-    [bold]Example[/]
+    For example:
 
       lorakit schema > recipe.schema.json
     """
@@ -194,7 +231,7 @@ def schema() -> None:
 def list_recipes(as_json: Json = False) -> None:
     """Name every recipe with its first line.
 
-    [bold]Example[/]
+    For example:
 
       lorakit recipes list
     """
@@ -204,10 +241,14 @@ def list_recipes(as_json: Json = False) -> None:
 
 
 @recipes_app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="As `list` names it.")]) -> None:
+def show_recipe(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="As `lorakit recipes list` names it.")
+    ],
+) -> None:
     """Print a recipe.
 
-    [bold]Example[/]
+    For example:
 
       lorakit recipes show quickstart
     """
@@ -218,12 +259,14 @@ def show_recipe(name: Annotated[str, typer.Argument(help="As `list` names it.")]
 
 @recipes_app.command("copy")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(help="As `list` names it.")],
-    to: Annotated[Path, typer.Argument(help="A folder, or a file to make.")] = Path(),
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="As `lorakit recipes list` names it.")
+    ],
+    to: Annotated[Path, typer.Argument(metavar="TO", help="A folder, or a file to make.")] = Path(),
 ) -> None:
-    """Copy a recipe, to be changed, and the schema that editors complete it by.
+    """Copy a recipe to be changed, and its schema beside it.
 
-    [bold]Example[/]
+    For example:
 
       lorakit recipes copy quickstart mine.yaml
     """
@@ -239,6 +282,14 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except LorakitError as error:
-        typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-        typer.echo(error, err=True)
-        raise SystemExit(2) from None
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in FORBIDDEN_OR_FULL:
+            raise
+        _fail(f"{error.filename or 'the disk'}: {error.strerror}.")
+
+
+def _fail(message: str) -> NoReturn:
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(message, err=True)
+    raise SystemExit(2) from None

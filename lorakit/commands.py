@@ -7,12 +7,13 @@ from typing import Any, cast, get_args
 
 from rich.console import Console
 
-from lorakit import display, export, recipe, run, shipped, trained
+from lorakit import display, export, recipe, run, shipped, tasks, trained
+from lorakit.card import Pruned
 from lorakit.disk import write_text
 from lorakit.display import size
-from lorakit.errors import LorakitError, nearest
+from lorakit.errors import FolderError, LorakitError, nearest
 from lorakit.evaluate import Scored, Wanted, score
-from lorakit.export import Layout, Pruned
+from lorakit.export import Layout
 from lorakit.models import Precision
 from lorakit.prune import Selection, Unit
 from lorakit.trained import Trained
@@ -73,7 +74,7 @@ def dry_run(path: Path, overrides: list[str], as_json: bool) -> None:
         (
             "memory",
             f"about {size(sum(memory))}: base {size(memory.base)}, trained {size(memory.trained)}, "
-            f"activations up to {size(memory.activations)}",
+            f"activations {size(memory.activations)}",
         ),
     ]
     Console().print(display.two_columns(rows))
@@ -113,6 +114,10 @@ def evaluate(
 ) -> None:
     """`lorakit eval`."""
     _one_of("--precision", precision, get_args(Precision))
+    if wanted.task is not None:
+        _one_of("--task", wanted.task, tuple(tasks.names()))
+    if output_path is not None and (output_path.is_dir() or not output_path.parent.is_dir()):
+        raise FolderError(f"--output-path: {output_path}: expected a file in a folder that exists.")
     watch = display.Watch(Console(stderr=True), quiet=as_json)
     if path is None:
         path = trained.newest_run(RUNS)

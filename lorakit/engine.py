@@ -45,6 +45,10 @@ class Engine:
         assert isinstance(norm, Tensor)
         return norm
 
+    def wait(self) -> None:
+        """Until every process is here."""
+        self._accelerator.wait_for_everyone()
+
     def total(self, value: float) -> float:
         """The sum of a number over processes."""
         if self.processes == 1:

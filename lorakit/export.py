@@ -2,15 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from lorakit import __version__, models, peft_format
+from lorakit import models, peft_format
 from lorakit import recipe as recipes
-from lorakit.card import card
+from lorakit.card import Pruned, card, provenance
 from lorakit.disk import refuse_existing, whole_folder
 from lorakit.errors import LorakitError
 from lorakit.models import Head
@@ -21,30 +20,6 @@ from lorakit.trained import CARD, Trained, logits, with_pairs
 Layout = Literal["pattern", "uniform"]
 TOLERANCE = 1e-4
 """Largest accepted difference of logits, relative to the largest logit or 1, in float32."""
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What was written, and how it compares with what it was written from."""
-
-    out: Path
-    source: Path
-    start: dict[str, int]
-    """Ranks at the start, by module."""
-    ranks: dict[str, int]
-    """Ranks kept; 0 where the module left the adapter."""
-    parameters: tuple[int, int]
-    """Numbers in the pairs, at the start ranks and kept."""
-    size: tuple[int, int]
-    """Bytes of the weight files, before and after, head included."""
-    error: float
-    """Relative error of the update; 0 where only dead ranks left."""
-    difference: float
-    """Largest difference of logits between the folder, reloaded, and what it should be."""
-    shift: float
-    """Largest difference of logits to the adapter before pruning."""
-    limits: tuple[str, ...]
-    """What readers other than PEFT will not take."""
 
 
 def default_out(source: Path) -> Path:
@@ -97,8 +72,8 @@ def export(trained: Trained, out: Path, selection: Selection, layout: Layout = "
             limits=limits(result.pairs, trained.whole, layout),
         )
         _refuse_wrong(pruned, expected)
-        provenance = _provenance(trained, pruned, selection)
-        (folder / CARD).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+        facts = provenance(trained, pruned, selection)
+        (folder / CARD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card(trained, pruned), encoding="utf-8")
     return pruned
 
@@ -158,23 +133,3 @@ def _refuse_wrong(pruned: Pruned, expected: torch.Tensor) -> None:
             f"{pruned.out}: read back, its logits differ by {pruned.difference:.2g}, more than "
             f"{allowed:.2g}. Nothing was written. This is a fault of lorakit's: please report it."
         )
-
-
-def _provenance(trained: Trained, pruned: Pruned, selection: Selection) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "lorakit": __version__,
-        "source": trained.path.name,
-        "step": trained.step,
-        "labels": list(trained.head.labels),
-        "precision": trained.precision,
-        "scores": dict(trained.scores),
-        "selection": selection._asdict() if selection.lossy else "exact",
-        "start": pruned.start,
-        "ranks": pruned.ranks,
-        "parameters": pruned.parameters,
-        "bytes": pruned.size,
-        "relative_error": pruned.error,
-        "logit_difference": pruned.difference,
-        "logit_shift": pruned.shift,
-    }

@@ -15,9 +15,11 @@ def locate(name: str, error: type[LorakitError], where: str) -> Path:
         LorakitError: of type `error`, where the package or the path is not there.
 
     """
-    path = _in_package(name, error, where) if name.startswith(PACKAGE) else Path(name).expanduser()
+    inside = name.startswith(PACKAGE)
+    path = _in_package(name, error, where) if inside else Path(name).expanduser()
     if not path.exists():
-        raise error(f"{where}: {name!r}: there is no {path}.")
+        there = f" inside the package: {path}" if inside else ""
+        raise error(f"{where}: {name!r}: there is no such file or folder{there}.")
     return path
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, Union, get_args
 
-import yaml
 from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
@@ -16,11 +16,12 @@ from lorakit.data import DataSection
 from lorakit.errors import RecipeError, nearest, no_such, several
 from lorakit.foreign_keys import BY_COMMAND, HERE
 from lorakit.models import ModelSection
-from lorakit.schema import Section
+from lorakit.schema import Section, expected
 from lorakit.tasks import TaskSection
 from lorakit.train import TrainSection
-from lorakit.yamltext import Document, parse, scalar
+from lorakit.yamltext import Document, parse, scalar, words, written
 from lorakit.yamltext import Path as KeyPath
+from lorakit.yamltext import dump as as_yaml
 
 if TYPE_CHECKING:
     AnyVariant = VariantConfig
@@ -40,7 +41,7 @@ class Recipe(Section):
     """The rows of a `classification` task; GLUE tasks bring their own."""
     adapter: AnyVariant
     train: TrainSection = TrainSection()
-    output_dir: str
+    output_dir: str = Field(min_length=1)
     """The run folder to make. An existing one is never written into, except by `--resume`."""
     seed: NonNegativeInt = 0
     """Of the head's and the adapter's start, dropout and the order of rows."""
@@ -68,12 +69,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise RecipeError(f"{path}: cannot be read: {reason}.") from None
     document = parse(text, str(path))
-    for override in overrides:
-        _apply(override, document)
+    for override in sorted(overrides, key=lambda o: not o.startswith("adapter.variant=")):
+        _apply(override, document)  # the variant first: it decides which keys there are
     try:
         recipe = Recipe.model_validate(document.data)
     except ValidationError as error:
-        document.faults.extend(_explain(fault, document) for fault in error.errors())
+        document.faults.extend(_explain(error, document))
     if document.faults:
         raise RecipeError(several(str(path), document.faults))
     return recipe
@@ -86,8 +87,7 @@ def restore(folder: Path) -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML that `load` reads back to the same."""
-    plain = recipe.model_dump(mode="json")
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    return as_yaml(recipe.model_dump(mode="json"))
 
 
 def json_schema() -> dict[str, Any]:
@@ -158,26 +158,39 @@ def _apply(override: str, document: Document) -> None:
     """Writes one `a.b=c` or `~a.b` into the document, or a fault where it names nothing."""
     unset = override.startswith("~")
     dotted, equals, text = override.removeprefix("~").partition("=")
-    path = tuple(dotted.split("."))
-    place = f"override {override!r}"
-    if bool(equals) == unset or not dotted:
+    path, place = _path_of(dotted, document.data), f"override {override!r}"
+    if bool(equals) == unset or not all(path):
         document.faults.append(f"{place}: write key=value, or ~key for the default.")
         return
     section = _section_at(path[:-1], document.data)
-    free = _is_free(path[:-1], document.data)
-    if not free and (section is None or path[-1] not in _fields(section)):
+    field = _fields(section).get(path[-1]) if section else None
+    left = unset and dotted in keys()  # of a variant that another override has put away
+    if field is None and not left and not _is_free(path[:-1], document.data):
         document.faults.append(f"{place}: {_unknown(path, document.data)}")
         return
     parents: dict[str, Any] = document.data
     for key in path[:-1]:
         if not isinstance(parents.get(key), dict):
+            if unset:
+                return
             parents[key] = {}
         parents = parents[key]
+    for below in [known for known in document.places if known[: len(path)] == path]:
+        del document.places[below]
     if unset:
         parents.pop(path[-1], None)
     else:
         document.places[path] = place
-        parents[path[-1]] = scalar(text) if free else _typed(text, _fields(section)[path[-1]])  # type: ignore[arg-type]
+        parents[path[-1]] = scalar(text) if field is None else _typed(text, field)
+
+
+def _path_of(dotted: str, data: Any) -> tuple[str, ...]:
+    """`a.b.c` cut at its dots, as far as sections reach: names of modules have dots themselves."""
+    path = tuple(dotted.split("."))
+    for i in range(1, len(path)):
+        if _is_free(path[:i], data):
+            return (*path[:i], ".".join(path[i:]))
+    return path
 
 
 def _is_free(path: KeyPath, data: Any) -> bool:
@@ -188,9 +201,9 @@ def _is_free(path: KeyPath, data: Any) -> bool:
 
 
 def _typed(text: str, field: FieldInfo) -> Any:
-    """`text` as the YAML value it looks like, or as itself where the field wants a word."""
+    """`text` as the YAML value it looks like, or as word or words where the field wants those."""
     value, wanted = scalar(text), field.rebuild_annotation()
-    for candidate in (value, text):
+    for candidate in (value, text, words(text)):
         try:
             TypeAdapter(wanted).validate_python(candidate, strict=True)
         except ValidationError:
@@ -201,61 +214,82 @@ def _typed(text: str, field: FieldInfo) -> Any:
 
 def _unknown(path: KeyPath, data: Any) -> str:
     """`train.lrr: no such key. Nearest: 'lr'.`, or where the thing is that the user means."""
+    while len(path) > 1 and _field_at(path[:-1], data) is None:
+        path = path[:-1]  # the first that is wrong
     name, dotted = str(path[-1]), ".".join(map(str, path))
     section = _section_at(path[:-1], data)
     here = list(_fields(section)) if section else []
-    elsewhere = [key for key in keys() if key.rpartition(".")[2] == name and key != dotted]
+    elsewhere = [key for key in keys() if key.rpartition(".")[2] == name]
     if name in BY_COMMAND:
         hint = f" `{name}` is {BY_COMMAND[name]} here."
     elif name in HERE:
         hint = f" `{name}` is `{HERE[name]}` here."
-    elif near := nearest(name, here):
-        hint = near
+    elif dotted in elsewhere:
+        hint = f" It belongs to the variant {' or '.join(_variants_with(name))}."
     elif elsewhere:
-        hint = f" Is it `{elsewhere[0]}`?"
-    else:
-        hint = nearest(name, [key.rpartition(".")[2] for key in keys()])
-    if not hint and here:
-        hint = f" Known here: {', '.join(here)}."
+        hint = f" Is it {' or '.join(f'`{key}`' for key in elsewhere)}?"
+    elif not (hint := nearest(name, here)):
+        hint = f" Known here: {', '.join(here)}." if here else ""
     return f"{dotted}: no such key.{hint}"
 
 
-def _explain(fault: Any, document: Document) -> str:
-    """One of pydantic's complaints, for people."""
-    path = _path_in(fault["loc"], fault["type"], document.data)
-    dotted = ".".join(map(str, path)) or "recipe"
+def _variants_with(key: str) -> list[str]:
+    return [name for name in variants.names() if key in _fields(variants.get(name).config)]
+
+
+def _field_at(path: KeyPath, data: Any) -> FieldInfo | None:
+    section = _section_at(path[:-1], data)
+    return _fields(section).get(str(path[-1])) if section else None
+
+
+def _about(path: KeyPath, data: Any) -> str:
+    """What the recipe's reference says of a key, after a blank; empty where it says nothing."""
+    field = _field_at(tuple(key for key in path if isinstance(key, str)), data)
+    return f" {' '.join(field.description.split())}" if field and field.description else ""
+
+
+def _explain(error: ValidationError, document: Document) -> list[str]:
+    """Pydantic's complaints, for people: a line for each value, whatever its type may be."""
+    by_path: dict[KeyPath, list[Any]] = {}
+    for fault in error.errors():
+        path = _path_in(fault["loc"], fault["type"], document.data)
+        by_path.setdefault(path, []).append(fault)
+    innermost = [
+        path
+        for path in by_path
+        if not any(path == other[: len(path)] for other in by_path if other != path and path)
+    ]
+    return [_explain_one(path, by_path[path], document) for path in innermost]
+
+
+def _explain_one(path: KeyPath, faults: Sequence[Any], document: Document) -> str:
+    fault, dotted = faults[0], ".".join(map(str, path)) or "recipe"
+    given = written(fault["input"])
+    match fault["type"]:
+        case "extra_forbidden":
+            message = _unknown(path, document.data)
+        case "missing":
+            message = f"{dotted}: missing.{_about(path, document.data)}"
+        case "union_tag_not_found":
+            message = f"{dotted}.variant: missing. Known: {', '.join(variants.names())}."
+        case "union_tag_invalid":
+            path, name = (*path, "variant"), str(fault["input"]["variant"])
+            message = f"{dotted}.variant: {no_such('variant', name, variants.names())}"
+        case "value_error":
+            message = f"{dotted}: {str(fault['ctx']['error']).rstrip('.')}."
+        case "literal_error":
+            known = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+            near = nearest(str(fault["input"]), known)
+            message = f"{dotted}: {given}: expected {fault['ctx']['expected']}.{near}"
+        case _:
+            message = (
+                f"{dotted}: {given}: expected {expected(faults, _about(path, document.data))}."
+            )
     place = next(
         (document.places[path[:i]] for i in range(len(path), 0, -1) if path[:i] in document.places),
         "",
     )
-    where = f"{place}: " if place else ""
-    given = fault["input"]
-    match fault["type"]:
-        case "extra_forbidden":
-            return where + _unknown(path, document.data)
-        case "missing":
-            return f"{where}{dotted}: missing."
-        case "union_tag_not_found":
-            known = ", ".join(variants.names())
-            return f"{where}{dotted}.variant: missing. Known: {known}."
-        case "union_tag_invalid":
-            name = str(given["variant"])
-            return f"{where}{dotted}.variant: {no_such('variant', name, variants.names())}"
-        case "value_error" if isinstance(given, Mapping):
-            return f"{where}{dotted}: {fault['ctx']['error']}."
-        case "value_error":
-            return f"{where}{dotted}: {fault['ctx']['error']}"
-        case "literal_error":
-            expected = fault["ctx"]["expected"]
-            return f"{where}{dotted}: {given!r}: expected {expected}.{_nearest_of(given, expected)}"
-    message = fault["msg"].removeprefix("Input should be ").replace("dictionary", "mapping")
-    return f"{where}{dotted}: {given!r}: expected {message}."
-
-
-def _nearest_of(given: Any, expected: str) -> str:
-    return nearest(
-        str(given), [word.strip("' ") for word in expected.replace("or", ",").split(",")]
-    )
+    return f"{place}: {message}" if place else message
 
 
 def _path_in(loc: Sequence[str | int], kind: str, data: Any) -> KeyPath:
@@ -267,6 +301,6 @@ def _path_in(loc: Sequence[str | int], kind: str, data: Any) -> KeyPath:
         if inside or item:
             path.append(part)
             data = data[part]
-        elif kind == "missing" and i == len(loc) - 1:
+        elif kind == "missing" and i == len(loc) - 1 and isinstance(part, str):
             path.append(part)
     return tuple(path)

@@ -1,6 +1,7 @@
 """YAML as people write it: with the line of every key, no key twice, and `1e-3` a number."""
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -22,11 +23,16 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML 1.1, with YAML 1.2's numbers: PyYAML reads `1e-3` as a word."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the words that `_Loader` would take for numbers."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def parse(text: str, name: str) -> Document:
@@ -36,22 +42,29 @@ def parse(text: str, name: str) -> Document:
         RecipeError: `text` is not YAML, or not a mapping.
 
     """
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             what = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
             given = "empty" if node is None else what[type(node)]
             raise RecipeError(f"{name}: a recipe is a mapping of keys to values; this is {given}.")
-        document = Document({}, {}, [])
+        document = Document({}, {}, list(_key_faults(node, (), set())))
         document.data.update(_mapping(loader, node, (), document))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"{name}{line}: not YAML: {error.problem}.") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: not YAML: {error}.") from None
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        tab = " Indent by blanks, not tabs." if "'\\t'" in problem else ""
+        raise RecipeError(f"{name}{line}: not YAML: {problem}.{tab}") from None
+    except yaml.reader.ReaderError as error:
+        line = f", line {text.count(chr(10), 0, error.position) + 1}"
+        raise RecipeError(f"{name}{line}: not YAML: {error.reason}.") from None
+    except RecursionError:  # an alias inside its own anchor
+        raise RecipeError(f"{name}: not YAML: nested without end.") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return document
 
 
@@ -64,23 +77,86 @@ def scalar(text: str) -> Any:
     return document.data["value"]
 
 
+def words(text: str) -> Any:
+    """As `scalar`, with every number and `true` within it left as the word it is written with."""
+    try:
+        node = yaml.compose(text, yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
+        return text
+    return _words(node) if isinstance(node, yaml.SequenceNode) else text
+
+
+def dump(data: Mapping[str, Any]) -> str:
+    """A mapping as YAML that `parse` reads back to the same."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def written(value: Any) -> str:
+    """A value as YAML, on one line and not too long of it, for messages; words in quotes."""
+    if isinstance(value, str):
+        text = repr(value)
+    else:
+        text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000)
+    text = text.removesuffix("...\n").strip()
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _words(node: yaml.Node) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return tuple(_words(item) for item in node.value)
+    return node.value
+
+
 def _value(loader: _Loader, node: yaml.Node, path: Path, into: Document) -> Any:
     if isinstance(node, yaml.MappingNode):
         return _mapping(loader, node, path, into)
     if isinstance(node, yaml.SequenceNode):
         return tuple(_value(loader, item, (*path, i), into) for i, item in enumerate(node.value))
-    return loader.construct_object(node)
+    try:
+        return loader.construct_object(node)
+    except ValueError:  # looks like a date or a number and is none, such as 2024-13-45
+        return str(node.value)
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode, path: Path, into: Document) -> dict[str, Any]:
-    loader.flatten_mapping(node)  # resolves `<<`
+    loader.flatten_mapping(node)  # resolves `<<`; what it brings stands before the mapping's own
     found: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key, place = str(key_node.value), f"line {key_node.start_mark.line + 1}"
-        here = (*path, key)
-        if key in found:
-            dotted = ".".join(map(str, here))
-            into.faults.append(f"{place}: {dotted}: given twice; first at {into.places[here]}.")
-        into.places[here] = place
-        found[key] = _value(loader, value_node, here, into)
+        if isinstance(key_node, yaml.ScalarNode):
+            key = str(key_node.value)
+            into.places[*path, key] = _line(key_node)
+            found[key] = _value(loader, value_node, (*path, key), into)
     return found
+
+
+def _key_faults(node: yaml.Node, path: Path, seen: set[int]) -> Iterator[str]:
+    """Keys given twice in one mapping, and keys that are no words, in `node` and below it.
+
+    Looked for before `<<` is resolved: a key beside a merge may repeat one of the merged.
+    """
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            yield from _key_faults(item, (*path, i), seen)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    first: dict[str, str] = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            yield f"{_line(key_node)}: {_dotted(path)}: a key is one word, no list and no mapping."
+            continue
+        key, line = str(key_node.value), _line(key_node)
+        if key in first and key != "<<":
+            yield f"{line}: {_dotted((*path, key))}: given twice; first at {first[key]}."
+        first.setdefault(key, line)
+        yield from _key_faults(value_node, (*path, key), seen)
+
+
+def _line(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path)) or "recipe"

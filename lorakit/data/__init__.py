@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, field_validator
 
 from lorakit.data.sources import Rows, read_file, read_folder
 from lorakit.errors import DataError
@@ -36,6 +36,13 @@ class DataSection(Section):
     order."""
     deduplicate: bool = True
     """Drop rows whose text was seen before, so that no text is both trained on and scored."""
+
+    @field_validator("labels")
+    @classmethod
+    def _two_or_more(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
+            raise ValueError("expected two labels or more, none of them twice")
+        return labels
 
 
 class Splits(NamedTuple):

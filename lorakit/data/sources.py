@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, Self
 from lorakit.errors import DataError, nearest
 
 READERS = (".csv", ".tsv", ".jsonl")
+LONGEST = 2**31 - 1
+"""Characters in a cell; Python's own limit of 131,072 is less than some documents have."""
+_SIGN = {",": "comma", "\t": "tab"}
 
 
 class Rows(NamedTuple):
@@ -43,18 +46,16 @@ def read_file(path: Path, text: Sequence[str], label: str, where: str) -> Rows:
     rows = Rows([], [], [], str(path))
     try:
         for line, record in readers[path.suffix](path):
-            missing = [name for name in (*text, label) if record.get(name) is None]
-            if missing:
-                raise DataError(f"{where}: {_missing(path, line, missing[0], record)}")
-            rows.texts.append(tuple(str(record[name]) for name in text))
-            rows.labels.append(str(record[label]))
+            cells = [_cell(path, line, name, record) for name in (*text, label)]
+            rows.texts.append(tuple(cells[:-1]))
+            rows.labels.append(cells[-1].strip())
             rows.places.append(f"{path.name} line {line}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: {path} is not UTF-8 text: {error.reason}.") from None
-    except (csv.Error, json.JSONDecodeError) as error:
-        raise DataError(f"{where}: {path} is broken: {error}.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: {path} is not UTF-8 text; save it as such.") from None
     except OSError as error:
         raise DataError(f"{where}: {path} cannot be read: {error.strerror}.") from None
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     return rows
 
 
@@ -64,11 +65,11 @@ def read_folder(path: Path, where: str) -> Rows:
     A file that is not UTF-8 is read as Windows-1252, which old corpora are written in.
 
     Raises:
-        DataError: there are no such folders.
+        DataError: there are no such folders, or a file is empty.
 
     """
     rows, other = Rows([], [], [], str(path)), []
-    for folder in sorted(p for p in path.iterdir() if p.is_dir()):
+    for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
         for file in sorted(folder.glob("*.txt")):
             content = file.read_bytes()
             try:
@@ -76,6 +77,8 @@ def read_folder(path: Path, where: str) -> Rows:
             except UnicodeDecodeError:
                 text = content.decode("cp1252", errors="replace")
                 other.append(f"{folder.name}/{file.name}")
+            if not text.strip():
+                raise DataError(f"{where}: {file} is empty.")
             rows.texts.append((text.strip(),))
             rows.labels.append(folder.name)
             rows.places.append(f"{folder.name}/{file.name}")
@@ -93,37 +96,67 @@ def read_unquoted_tsv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Read as quoted, a lone `"` swallows every line up to the next one, silently.
     """
     with path.open(encoding="utf-8", newline="\n") as file:
-        header = file.readline().rstrip("\n").split("\t")
+        header = file.readline().rstrip("\r\n").split("\t")
         for line, content in enumerate(file, start=2):
-            yield line, dict(zip(header, content.rstrip("\n").split("\t"), strict=False))
+            if content.strip():
+                yield line, dict(zip(header, content.rstrip("\r\n").split("\t"), strict=False))
 
 
-def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, dict[Any, Any]]]:
+    """(line, record), the line being the one that a record starts on."""
+    csv.field_size_limit(LONGEST)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        for record in reader:
-            yield reader.line_num, record
+        reader, line = csv.DictReader(file, delimiter=delimiter, strict=True), 1
+        try:
+            columns = len(reader.fieldnames or ())
+            line = reader.line_num + 1
+            for record in reader:
+                if None in record:
+                    raise DataError(
+                        f"{path} line {line}: {columns + len(record[None])} cells, but {columns} "
+                        f"columns; put a text that holds a {_SIGN[delimiter]} in double quotes."
+                    )
+                yield line, record
+                line = reader.line_num + 1
+        except csv.Error as error:
+            what = (
+                f"{error}: is a double quote left open?" if "end of data" in str(error) else error
+            )
+            raise DataError(f"{path} line {line}: {what}") from None
 
 
-def _tsv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _tsv(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
     return _csv(path, delimiter="\t")
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
+def _jsonl(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
         for line, content in enumerate(file, start=1):
             if content.strip():
                 try:
                     record = json.loads(content)
                 except json.JSONDecodeError as error:
-                    raise DataError(f"{path.name} line {line}: not JSON: {error.msg}.") from None
+                    raise DataError(f"{path} line {line}: not JSON: {error.msg}.") from None
                 if not isinstance(record, dict):
-                    raise DataError(f"{path.name} line {line}: expected an object.")
+                    raise DataError(f"{path} line {line}: expected an object, one on each line.")
                 yield line, record
 
 
-def _missing(path: Path, line: int, column: str, record: dict[str, Any]) -> str:
-    if column in record:
-        return f"{path} line {line}: no value in column {column!r}."
-    known = [str(name) for name in record if name is not None]
-    return f"{path} has no column {column!r}.{nearest(column, known)} Columns: {', '.join(known)}."
+def _cell(path: Path, line: int, column: str, record: dict[Any, Any]) -> str:
+    """The text in a column.
+
+    Raises:
+        DataError: there is no such column, nothing in it, or no text.
+
+    """
+    if column not in record:
+        known = [str(name) for name in record]
+        raise DataError(
+            f"{path} has no column {column!r}.{nearest(column, known)} Columns: {', '.join(known)}."
+        )
+    value = record[column]
+    if isinstance(value, dict | list):
+        raise DataError(f"{path} line {line}: {column!r} holds a {type(value).__name__}, no text.")
+    if value is None or not str(value).strip():
+        raise DataError(f"{path} line {line}: no value in column {column!r}.")
+    return str(value)

@@ -1,0 +1,108 @@
+"""A recipe with everything loaded: rows read, model in memory, adapters in place."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lorakit import checkpoint, models, tasks, variants
+from lorakit.adapter import Plan
+from lorakit.data.batching import steps_in_epoch
+from lorakit.errors import RecipeError, nearest, several
+from lorakit.inject import Layers, inject, plan, sites, trained_whole
+from lorakit.memory import Estimate, estimate
+from lorakit.recipe import Recipe
+from lorakit.train import Timetable
+from lorakit.trained import pairs_at
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with everything loaded, before the first step."""
+
+    recipe: Recipe
+    task: tasks.Task
+    base: models.Base
+    layers: Layers
+    plans: Mapping[str, Plan]
+    whole: tuple[str, ...]
+    timetable: Timetable
+    notes: tuple[str, ...]
+
+    def memory(self) -> Estimate:
+        """What training will take."""
+        rows, tokens = self.recipe.train.batch_size, self.recipe.task.max_length
+        return estimate(self.base.model, rows, tokens)
+
+    def trainable(self) -> int:
+        """Numbers that training moves."""
+        return sum(p.numel() for p in self.base.model.parameters() if p.requires_grad)
+
+
+def prepare(recipe: Recipe, processes: int = 1) -> Prepared:
+    """Reads the rows, loads the model, puts adapters in.
+
+    Raises:
+        LorakitError: something the recipe names is not there or does not fit.
+
+    """
+    task = tasks.build(recipe.task, recipe.data)
+    base = models.load(recipe.model, task.head(), recipe.seed)
+    _check_fit(recipe, task, base)
+    config, notes = recipe.adapter, list(task.notes)
+    whole = trained_whole(base.model, base.head, config.also_train)
+    found = sites(base.model, config, whole)
+    ranks, starts = None, None
+    heads: dict[str, dict[str, Tensor]] = {}
+    if config.init_from is not None:
+        starts, heads = pairs_at(_existing(config.init_from, "adapter.init_from"))
+    if config.ranks_from is not None:
+        pairs, _ = pairs_at(_existing(config.ranks_from, "adapter.ranks_from"))
+        ranks = {name: pair.rank for name, pair in pairs.items()}
+    plans = plan(config, found, ranks, starts)
+    layers = inject(base.model, plans, variants.get(config.variant).layer, config, whole, base.head)
+    notes += _take_over(heads, base, whole)
+    size = recipe.train.batch_size * recipe.train.accumulate * processes
+    timetable = recipe.train.timetable(steps_in_epoch(task.rows("train"), size))
+    ready = task.ready(base.tokenizer)
+    return Prepared(recipe, ready, base, layers, plans, whole, timetable, tuple(notes))
+
+
+def _check_fit(recipe: Recipe, task: tasks.Task, base: models.Base) -> None:
+    faults = []
+    if recipe.task.max_length > base.max_tokens:
+        faults.append(
+            f"task.max_length: {recipe.task.max_length}: "
+            f"{recipe.model.name} takes at most {base.max_tokens} tokens."
+        )
+    best, known = recipe.train.best, task.metric_names()
+    if best is not None and best not in known:
+        faults.append(
+            f"train.best: no metric {best!r}.{nearest(best, known)} Here: {', '.join(known)}."
+        )
+    if recipe.adapter.init_from and recipe.adapter.ranks_from:
+        faults.append("adapter.init_from brings its ranks; ranks_from would be ignored.")
+    if faults:
+        raise RecipeError(several("the recipe does not fit its task and model", faults))
+
+
+def _existing(name: str, where: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise RecipeError(f"{where}: {name!r}: there is nothing of that name.")
+    return path
+
+
+def _take_over(
+    heads: Mapping[str, Mapping[str, Tensor]], base: models.Base, whole: tuple[str, ...]
+) -> list[str]:
+    """Copies the modules that came with `init_from`, where they fit; says where they don't."""
+    notes = []
+    for name, state in heads.items():
+        own = base.model.get_submodule(name).state_dict() if name in whole else {}
+        if {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in state.items()}:
+            checkpoint.copy_into(own, state, Path(name))
+        else:
+            notes.append(f"{name} of adapter.init_from does not fit this task; it starts anew")
+    return notes

@@ -1,0 +1,190 @@
+"""Breaks one line at a time and asks the tests whether they notice.
+
+    python scripts/mutants.py [WORD ...]     only mutants whose file or reason has one of the words
+
+Works on a copy of the checkout in a temporary folder. Each mutant names the tests that should see
+it; one that survives them is a fault of the tests. Takes about ten seconds a mutant.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutant(NamedTuple):
+    """A fault: in `file`, `line` becomes `broken`."""
+
+    file: str
+    line: str
+    broken: str
+    why: str
+    tests: str
+
+
+LAWS, SORA = "tests/test_variant_laws.py", "tests/variants/test_sora.py"
+TRAIN, PRUNE, PEFT = "tests/test_train.py", "tests/test_prune.py", "tests/test_peft_format.py"
+INJECT, CHECKPOINT = "tests/test_inject.py", "tests/test_checkpoint.py"
+MODELS, LORA, DATA = "tests/test_models.py", "tests/variants/test_lora.py", "tests/test_data.py"
+
+MUTANTS = [
+    Mutant(
+        "variants/sora.py",
+        ".clamp_min(0.0)",
+        ".clamp_min(0.0) * (u.abs() >= 2 * xi)",
+        "the authors' threshold",
+        SORA,
+    ),
+    Mutant("variants/sora.py", "value * ctx.rate(layer.g)", "value", "threshold not eta", SORA),
+    Mutant(
+        "variants/sora.py",
+        "(self.scale * self.g * self.B).detach()",
+        "(self.g * self.B).detach()",
+        "factors forget the scale",
+        LAWS,
+    ),
+    Mutant("variants/sora.py", '"weight_decay": 0.0', '"weight_decay": 0.1', "gates decay", SORA),
+    Mutant(
+        "variants/sora.py",
+        'self.step, self.moved = state["steps"].tolist()',
+        "pass",
+        "controller's counters not restored",
+        LAWS,
+    ),
+    Mutant(
+        "variants/sora.py",
+        "self.step - self.moved >= max(1, self.steps // 10)",
+        "True",
+        "always settled",
+        SORA,
+    ),
+    Mutant("variants/lora.py", "self.scale * self.B.detach()", "self.B.detach()", "no scale", LAWS),
+    Mutant("variants/lora.py", '"lr_scale": self.lr_ratio', '"lr_scale": 1.0', "no LoRA+", LORA),
+    Mutant(
+        "adapter.py", "base.requires_grad_(False)", "base", "a layer leaves its base free", LAWS
+    ),
+    Mutant(
+        "adapter.py",
+        "B.copy_(plan.start.B / plan.scale)",
+        "B.copy_(plan.start.B)",
+        "a start is scaled twice",
+        INJECT,
+    ),
+    Mutant("adapter.py", "return y + self.update(", "return self.update(", "base path lost", LAWS),
+    Mutant("inject.py", "model.requires_grad_(False)", "pass", "model not frozen", INJECT),
+    Mutant(
+        "inject.py", "module.float().requires_grad_(True)", "module.float()", "head frozen", INJECT
+    ),
+    Mutant(
+        "inject.py",
+        "is_linear(module) and not any(name == w",
+        "is_linear(module) or any(name == w",
+        "the head is adapted",
+        INJECT,
+    ),
+    Mutant("models.py", "torch.manual_seed(seed)", "pass", "the head's start drifts", MODELS),
+    Mutant("optim.py", "own = special.get(id(p), {})", "own = {}", "optim() ignored", SORA),
+    Mutant("optim.py", "(step - 1 - warm)", "(step - warm)", "the last step has rate 0", TRAIN),
+    Mutant("train.py", "controller.after_step(", "(lambda ctx: None)(", "variant not asked", TRAIN),
+    Mutant(
+        "train.py",
+        "items = sum(map(task.items, batches))",
+        "items = task.items(batches[0]) * len(batches)",
+        "mean of means",
+        TRAIN,
+    ),
+    Mutant(
+        "train.py",
+        "norm = float(engine.clip(weights, section.clip))",
+        "norm = float(engine.clip(weights, None))",
+        "no clipping",
+        TRAIN,
+    ),
+    Mutant("train.py", "if controller.settled():", "if True:", "best while ranks move", TRAIN),
+    Mutant("train.py", "if isfinite(loss) and isfinite(norm):", "if True:", "nan goes on", TRAIN),
+    Mutant("train.py", "start=progress.step)", "start=0)", "resume repeats the rows", LAWS),
+    Mutant(
+        "checkpoint.py",
+        'torch.set_rng_state(parts["random"].pop("cpu"))',
+        'parts["random"].pop("cpu")',
+        "random state lost",
+        LAWS,
+    ),
+    Mutant(
+        "checkpoint.py",
+        'load_state_tensors(trainee.model, trainee.optimizer, parts["optimizer"])',
+        "pass",
+        "moments lost",
+        LAWS,
+    ),
+    Mutant(
+        "checkpoint.py",
+        "copy_into(_whole_tensors(whole)",
+        "(lambda *_: None)(_whole_tensors(whole)",
+        "the head comes back random",
+        LAWS,
+    ),
+    Mutant("run.py", "if _step_of(line) <=", "if 0 <=", "metrics repeat after a resume", LAWS),
+    Mutant("peft_format.py", '"rank_pattern": pattern', '"rank_pattern": {}', "no ranks", LAWS),
+    Mutant("peft_format.py", '"alpha_pattern": pattern', '"alpha_pattern": {}', "no alphas", LAWS),
+    Mutant(
+        "peft_format.py",
+        '"modules_to_save": list(adapter.whole) or None',
+        '"modules_to_save": None',
+        "the head stays behind",
+        PEFT,
+    ),
+    Mutant("peft_format.py", 'if config.get("use_rslora") else', "if False else", "rslora", PEFT),
+    Mutant(
+        "prune.py", "float(s) ** 2 / costs[name]", "float(s) / costs[name]", "not energy", PRUNE
+    ),
+    Mutant("prune.py", "            break\n", "            continue\n", "sets do not nest", PRUNE),
+    Mutant(
+        "prune.py",
+        "share * energy[-1]).sum()) + 1",
+        "share * energy[-1]).sum())",
+        "one short",
+        PRUNE,
+    ),
+    Mutant("data/__init__.py", "if section.deduplicate:", "if False:", "duplicates stay", DATA),
+    Mutant("data/batching.py", "(seed << 20) + epoch", "seed", "every epoch the same", DATA),
+]
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the tests that should notice pass all the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        ignored = shutil.ignore_patterns(".*", "runs", "__pycache__")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        path = copy / "lorakit" / mutant.file
+        whole = path.read_text()
+        assert mutant.line in whole, f"{mutant.file} no longer has {mutant.line!r}"
+        path.write_text(whole.replace(mutant.line, mutant.broken, 1))
+        command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", mutant.tests]
+        environment = {**os.environ, "PYTHONPATH": str(copy)}
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{mutant.file}: {mutant.why}: pytest did not run\n{done.stdout}")
+    return done.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    """Runs the mutants that a word picks; the exit code is 1 where one lives."""
+    chosen = [m for m in MUTANTS if not words or any(w in m.file or w in m.why for w in words)]
+    alive = 0
+    for mutant in chosen:
+        lives = survives(mutant)
+        alive += lives
+        print(f"{'ALIVE ' if lives else 'caught'}  {mutant.file}: {mutant.why}", flush=True)
+    print(f"{len(chosen) - alive} of {len(chosen)} faults noticed")
+    return int(alive > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
