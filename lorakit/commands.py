@@ -198,7 +198,7 @@ def _recipe_file(path: Path) -> Path:
 
 def _one_of(option: str, given: str, known: tuple[str, ...]) -> None:
     if given not in known:
-        expected = " or ".join(known)
+        expected = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
         raise LorakitError(f"{option}: {given!r}: expected {expected}.{nearest(given, known)}")
 
 

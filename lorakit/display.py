@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -124,14 +124,14 @@ def two_columns(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def before_after(rows: Sequence[tuple[str, str, str]], title: str) -> Table:
-    """Three columns: what, before pruning, after."""
-    table = Table("", title=title, title_justify="left")
+def before_after(rows: Sequence[tuple[str, str, str]], title: str) -> Group:
+    """Three columns below a line: what, before pruning, after."""
+    table = Table("")
     table.add_column("before pruning", justify="right")
     table.add_column("after", justify="right")
     for row in rows:
         table.add_row(*row)
-    return table
+    return Group(Text(title, style="italic"), table)  # a table's own title breaks at its width
 
 
 def size(count: float) -> str:

@@ -103,6 +103,8 @@ def read(folder: Path) -> PeftAdapter:
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} is no mapping")
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise FolderError(f"{folder} cannot be read as a PEFT adapter: {error}.") from error

@@ -125,9 +125,9 @@ def _by_budget(
     ]
     ranks, spent = dict.fromkeys(spectra, 0), 0
     for _, name in sorted(values, key=lambda value: (-value[0], value[1])):
-        spent += costs[name]
-        if spent > budget * (1 + 1e-12):
+        if spent + costs[name] > budget * (1 + 1e-12):
             break
+        spent += costs[name]
         ranks[name] += 1
     return ranks
 

@@ -5,7 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +83,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(
     tmp_path: Path, tiny: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
+) -> Path:
     """A recipe that trains in a second, and the working folder it stands in."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"
@@ -100,4 +100,4 @@ def recipe(
             sort_keys=False,
         )
     )
-    yield path
+    return path

@@ -133,6 +133,23 @@ def test_a_budget_of_parameters_is_met_and_spent_on_energy_per_parameter(pairs: 
     assert inside.min() > outside.max()
 
 
+def one_value(m: int, n: int, sigma: float) -> Factors:
+    """A pair of rank 1 with that singular value."""
+    return Factors(torch.eye(1, n), sigma * torch.eye(m, 1))
+
+
+def test_a_budget_of_parameters_by_hand() -> None:
+    """Energy for a parameter is 25 / 50 in the large module and 4 / 10 in the small one."""
+    pairs = {"small": one_value(4, 6, 2.0), "large": one_value(20, 30, 5.0)}
+
+    def kept(keep: float) -> dict[str, int]:
+        return ranks(cut(pairs, Selection(keep=keep, of="parameters"), ranks(pairs)).pairs)
+
+    assert kept(50 / 60) == {"small": 0, "large": 1}
+    assert kept(1.0) == {"small": 1, "large": 1}
+    assert kept(49 / 60) == {"small": 0, "large": 0}  # the first that does not fit ends it
+
+
 @pytest.mark.parametrize("of", ["ranks", "parameters"])
 def test_what_a_small_budget_keeps_a_larger_one_keeps_too(pairs: Pairs, of: str) -> None:
     before = dict.fromkeys(pairs, 0)
