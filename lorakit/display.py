@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
@@ -93,26 +94,39 @@ class Watch:
 
 
 def rank_table(start: Mapping[str, int], kept: Mapping[str, int]) -> Table:
-    """Ranks by block and kind of module, `kept` of `start`, the cell's colour showing the share."""
+    """Ranks by block and kind of module, `kept` of `start`, the cell's colour showing the share.
+
+    Modules outside the blocks share a row, `rest`. Six kinds fit a terminal of 80 columns.
+    """
     places = {name: _place(name) for name in start}
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    blocks = list(dict.fromkeys(block for block, _ in places.values()))
-    table = Table(title="Ranks kept, of those at the start", title_justify="left")
+    inside = {name: place for name, place in places.items() if place is not None}
+    rest = [name for name, place in places.items() if place is None]
+    kinds = list(dict.fromkeys(kind for _, kind in inside.values()))
+    table = Table(
+        title="Ranks kept, of those at the start",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        show_edge=False,
+    )
     table.add_column("block")
     for kind in kinds:
-        table.add_column(kind.replace(".", ".\n"), justify="right")
-    table.add_column("all", justify="right")
-    for block in blocks:
-        rows = [[n for n, place in places.items() if place == (block, kind)] for kind in kinds]
-        own = [name for names in rows for name in names]
-        table.add_row(
-            block, *(_cell(names, start, kept) for names in rows), _total(own, start, kept)
-        )
-    columns = [[n for n, (_, k) in places.items() if k == kind] for kind in kinds]
+        table.add_column(kind.replace(".", "\n."), justify="center", vertical="bottom")
+    table.add_column("all", justify="right", vertical="bottom")
+
+    def names(block: str | None = None, kind: str | None = None) -> list[str]:
+        chosen = inside.items()
+        return [n for n, (b, k) in chosen if block in (None, b) and kind in (None, k)]
+
+    for block in dict.fromkeys(block for block, _ in inside.values()):
+        cells = [_cell(names(block, kind), start, kept) for kind in kinds]
+        table.add_row(block, *cells, _total(names(block), start, kept))
+    if rest:
+        table.add_row("rest", *[""] * len(kinds), _total(rest, start, kept))
     table.add_section()
-    table.add_row(
-        "all", *(_total(names, start, kept) for names in columns), _total(list(start), start, kept)
-    )
+    totals = [_total(names(kind=kind), start, kept) for kind in kinds]
+    table.add_row("all", *totals, _total(list(start), start, kept))
     return table
 
 
@@ -153,10 +167,10 @@ def scores(named: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {score(name, value)}" for name, value in named.items())
 
 
-def _place(name: str) -> tuple[str, str]:
-    """(block, kind): `encoder.layer.3.output.dense` -> ("3", "output.dense")."""
+def _place(name: str) -> tuple[str, str] | None:
+    """(block, kind): `encoder.layer.3.output.dense` -> ("3", "output.dense"); None outside."""
     found = re.match(r"^(?:.*?\.)?(\d+)\.(.*)$", name)
-    return (found[1], found[2]) if found else ("-", name)
+    return (found[1], found[2]) if found else None
 
 
 def _cell(names: Sequence[str], start: Mapping[str, int], kept: Mapping[str, int]) -> Text:

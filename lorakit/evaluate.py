@@ -66,6 +66,8 @@ def task_for(trained: Trained, wanted: Wanted) -> tuple[str, Task]:
     else:
         length = recipe.task.max_length if recipe else TaskSection(name=name).max_length
         section, data = TaskSection(name=name, max_length=length), None
+    if wanted.data_dir is not None and name == tasks.OWN:
+        raise LorakitError(f"--data-dir is for GLUE tasks; {name} has its rows in the recipe.")
     if wanted.data_dir is not None:
         section = section.model_copy(update={"data_dir": wanted.data_dir})
     return name, tasks.build(section, data)

@@ -32,10 +32,11 @@ def trained_whole(model: nn.Module, head: Sequence[str], also: Sequence[str]) ->
         found = [name for name in names if _ends(name, given)]
         chosen += found
         if not found:
-            ends = {name.rpartition(".")[2] for name in names}
-            faults.append(f"adapter.also_train: no module {given!r}.{nearest(given, ends)}")
+            ends = {end for name in names for end in (_short(name), name.rpartition(".")[2])}
+            near = nearest(given, ends) or f" Modules here: {', '.join(sorted(ends))}."
+            faults.append(f"adapter.also_train: no module {given!r}.{near}")
     if faults:
-        raise RecipeError(several("this model", faults))
+        raise RecipeError(several("the adapter does not fit the model", faults))
     outer = [n for n in chosen if not any(n.startswith(f"{other}.") for other in chosen)]
     return tuple(dict.fromkeys(outer))
 
@@ -106,10 +107,7 @@ def plan(
         chosen |= dict.fromkeys(found, rank)
         if not found:
             faults.append(f"adapter.ranks: {_none(given, sites)}")
-    for name, rank in chosen.items():
-        n, m = widths(sites[name])
-        if rank > min(n, m):
-            faults.append(f"{name}: rank {rank} is larger than its matrix, {m} x {n}")
+    faults += _too_large(chosen, sites)
     if not any(chosen.values()) and not faults:
         faults.append("every rank is 0")
     if faults:
@@ -119,6 +117,20 @@ def plan(
         for name, rank in chosen.items()
         if rank
     }
+
+
+def _too_large(ranks: Mapping[str, int], sites: Mapping[str, nn.Module]) -> list[str]:
+    """A line for each kind of matrix that is smaller than its rank."""
+    kinds: dict[tuple[str, int, int, int], list[str]] = {}
+    for name, rank in ranks.items():
+        n, m = widths(sites[name])
+        if rank > min(n, m):
+            kinds.setdefault((_short(name), rank, m, n), []).append(name)
+    return [
+        f"{names[0] if len(names) == 1 else f'{kind} in {len(names)} blocks'}: "
+        f"rank {rank} is larger than its matrix, {m} x {n}"
+        for (kind, rank, m, n), names in kinds.items()
+    ]
 
 
 def inject(
@@ -189,6 +201,10 @@ def _short(name: str) -> str:
 
 
 def _none(given: str, names: Iterable[str]) -> str:
+    try:
+        re.compile(given)
+    except re.error as error:
+        return f"no linear is named {given!r}, nor is it a regular expression: {error}."
     ends = {part for name in names for part in (_short(name), name.rpartition(".")[2])}
     return f"no linear is named {given!r}.{nearest(given, ends)}"
 

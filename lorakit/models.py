@@ -185,9 +185,12 @@ def _quiet() -> None:
 def _cannot_load(section: ModelSection, error: Exception) -> str:
     from huggingface_hub import is_offline_mode
 
+    folder = Path(resolve(section.name)).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return f"model.name: {section.name!r} is a folder without a model: no config.json in it."
     reason = str(error).strip().splitlines()[0]
     message = f"model.name: {section.name!r} cannot be loaded: {reason}"
-    if Path(section.name).expanduser().is_dir() or section.name.startswith(PACKAGE):
+    if folder.is_dir():
         return message
     if is_offline_mode():
         return f"{message}\n  HF_HUB_OFFLINE is set: only models already in the cache can be used."

@@ -9,9 +9,10 @@ from torch import Tensor
 from lorakit import checkpoint, models, tasks, variants
 from lorakit.adapter import Plan
 from lorakit.data.batching import steps_in_epoch
-from lorakit.errors import RecipeError, nearest, several
+from lorakit.errors import FolderError, RecipeError, nearest, several
 from lorakit.inject import Layers, inject, plan, sites, trained_whole
 from lorakit.memory import Estimate, estimate
+from lorakit.prune import Pairs
 from lorakit.recipe import Recipe
 from lorakit.train import Timetable
 from lorakit.trained import pairs_at
@@ -56,9 +57,9 @@ def prepare(recipe: Recipe, processes: int = 1) -> Prepared:
     ranks, starts = None, None
     heads: dict[str, dict[str, Tensor]] = {}
     if config.init_from is not None:
-        starts, heads = pairs_at(_existing(config.init_from, "adapter.init_from"))
+        starts, heads = _learned(config.init_from, "adapter.init_from")
     if config.ranks_from is not None:
-        pairs, _ = pairs_at(_existing(config.ranks_from, "adapter.ranks_from"))
+        pairs, _ = _learned(config.ranks_from, "adapter.ranks_from")
         ranks = {name: pair.rank for name, pair in pairs.items()}
     plans = plan(config, found, ranks, starts)
     layers = inject(base.model, plans, variants.get(config.variant).layer, config, whole, base.head)
@@ -87,11 +88,15 @@ def _check_fit(recipe: Recipe, task: tasks.Task, base: models.Base) -> None:
         raise RecipeError(several("the recipe does not fit its task and model", faults))
 
 
-def _existing(name: str, where: str) -> Path:
+def _learned(name: str, where: str) -> tuple[Pairs, dict[str, dict[str, Tensor]]]:
+    """The pairs and whole modules of an earlier adapter."""
     path = Path(name).expanduser()
     if not path.exists():
         raise RecipeError(f"{where}: {name!r}: there is nothing of that name.")
-    return path
+    try:
+        return pairs_at(path)
+    except FolderError as error:
+        raise RecipeError(f"{where}: {error}") from error
 
 
 def _take_over(

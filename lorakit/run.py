@@ -78,7 +78,10 @@ def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome:
         screen.begin(progress.step, timetable, start)
         journal = Journal(folder, prepared, screen, engine.is_main)
         train(trainee, prepared.task, recipe.train, timetable, recipe.seed, engine, journal)
-    return _outcome(folder, prepared, progress)
+    outcome = _outcome(folder, prepared, progress)
+    if not outcome.live:
+        screen.note("every rank has died: the adapter does nothing; push less, or train longer")
+    return outcome
 
 
 def check(recipe: Recipe) -> Prepared:

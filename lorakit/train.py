@@ -60,7 +60,10 @@ class TrainSection(OptimSection):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give `epochs` or `steps`, one of them")
+            raise ValueError(
+                "give `epochs` or `steps`, one of them; "
+                "train.steps=N takes '~train.epochs' beside it where the recipe names epochs"
+            )
         return self
 
     def timetable(self, steps_an_epoch: int) -> Timetable:
@@ -192,6 +195,8 @@ def train(
         optimizer.step()
         controller.after_step(Step(step, timetable.steps, rate))
         optimizer.zero_grad(set_to_none=True)
+        if not controller.settled():
+            progress.forget_best()
         progress.loss, progress.items = progress.loss + mean * items, progress.items + items
         seconds += perf_counter() - started
 
@@ -214,8 +219,6 @@ def train(
             observer.log({"step": step, **scores})
             if controller.settled():
                 better = progress.judge(headline(scores, section.best))
-            else:
-                progress.forget_best()
         over = finished(progress, section, timetable)
         if better or over or timetable.due(step, timetable.save_every):
             observer.save(trainee)

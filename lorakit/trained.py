@@ -115,7 +115,8 @@ def with_pairs(
         raise FolderError("\n  ".join([f"{origin} does not fit the base model:", *faults]))
     for name, state in whole.items():
         own = modules[name].state_dict()
-        checkpoint.copy_into(own, dict(state), origin)
+        named = {f"{name}.{key}": value for key, value in state.items()}
+        checkpoint.copy_into({f"{name}.{key}": p for key, p in own.items()}, named, origin)
     layers = inject(base.model, plans, PlainLinear, config, tuple(whole), tuple(whole))
     for name, layer in layers.items():
         found, given = (layer.m, layer.n), (pairs[name].B.shape[0], pairs[name].A.shape[1])

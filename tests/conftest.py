@@ -81,9 +81,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def recipe(
-    tmp_path: Path, tiny: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def recipe(tmp_path: Path, tiny: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe that trains in a second, and the working folder it stands in."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"

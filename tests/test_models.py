@@ -151,7 +151,7 @@ def test_a_model_that_is_not_there_is_said_to_be_missing_and_why(name: str, says
 
 
 def test_a_folder_without_a_model_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"a folder without a model: no config\.json"):
         load(tmp_path)
 
 

@@ -12,7 +12,7 @@ from lorakit import optim
 from lorakit.adapter import Controller, Step
 from lorakit.data.batching import Batch
 from lorakit.errors import DataError
-from lorakit.train import Progress, Timetable, headline
+from lorakit.train import Timetable, headline
 from lorakit.variants.lora import LoRAConfig
 
 LORA = LoRAConfig(variant="lora", rank=4, alpha=8.0)
@@ -132,13 +132,27 @@ def test_best_and_patience_wait_until_ranks_have_settled() -> None:
     assert trainee.progress.best_step is None
 
 
-def test_ranks_that_move_again_make_the_best_forgotten() -> None:
-    progress = Progress(step=10)
-    assert progress.judge(0.5)
-    progress.forget_best()
-    assert (progress.best_step, progress.best_score, progress.stale) == (None, None, 0)
-    progress.step = 20
-    assert progress.judge(0.1)
+def test_ranks_that_move_between_two_evaluations_make_the_best_forgotten() -> None:
+    """The worse score of the ranks that stay counts, not the better one of those that went."""
+    settings = section(steps=12, lr=1e-2, eval_every=4)
+
+    class Restless(Spy):
+        def settled(self) -> bool:
+            return not self.seen or self.seen[-1][0] != 10
+
+    class Worse(Planted):
+        def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+            given.append(float(len(given)))
+            return {"loss": given[-1]}
+
+    given: list[float] = []
+    trainee = pupil(LORA, settings)
+    spy = Restless()
+    spy.parameter = trainee.layers["up"].B
+    trainee = type(trainee)(trainee.model, trainee.layers, spy, trainee.optimizer)
+    taught(trainee, settings, Worse(planted().x, planted().y))
+    assert given == [0.0, 1.0, 2.0]
+    assert trainee.progress.best_step == 12
 
 
 def test_a_loss_is_better_when_lower_and_a_metric_when_higher() -> None:

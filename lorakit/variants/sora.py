@@ -163,8 +163,13 @@ class ProximalGates(Controller[SoRALinear, SoRAConfig]):
             self.live, self.moved = live, ctx.step
 
     def settled(self) -> bool:
-        """No gate has died or come back for a tenth of the run."""
-        return self.step - self.moved >= max(1, self.steps // 10)
+        """Gates have died, and for a tenth of the run none has died or come back.
+
+        Before the first one dies ranks only seem at rest, unless nothing pushes them to 0.
+        """
+        at_work = self.config.sparsity.strength > 0
+        quiet = self.step - self.moved >= max(1, self.steps // 10)
+        return not at_work or (self.moved > 0 and quiet)
 
     def _live(self) -> Tensor:
         """Which gates are not 0, over all layers."""

@@ -219,7 +219,7 @@ def test_gates_have_their_own_rate_and_no_weight_decay() -> None:
 
 
 def test_ranks_are_settled_when_no_gate_has_died_or_come_back_for_a_tenth_of_the_run() -> None:
-    layers, controller = gates(config(xi=0.0))
+    layers, controller = gates(config(xi=1e-9))
     seen = []
     for step in range(1, 31):
         if step == 5:
@@ -230,6 +230,14 @@ def test_ranks_are_settled_when_no_gate_has_died_or_come_back_for_a_tenth_of_the
         seen.append(controller.settled())
     quiet = [step for step, settled in enumerate(seen, start=1) if settled]
     assert quiet == [15, 16, 17, 28, 29, 30]
+
+
+def test_before_the_first_gate_dies_ranks_are_not_settled_unless_nothing_pushes_them() -> None:
+    for xi, settled in ((1e-9, False), (0.0, True)):
+        _, controller = gates(config(xi=xi))
+        for step in range(1, 51):
+            controller.after_step(at(step, rate=0.0))
+        assert controller.settled() == settled
 
 
 # the schedule
