@@ -13,7 +13,7 @@ from lorakit.errors import FolderError, RecipeError, nearest, several
 from lorakit.inject import Layers, inject, plan, sites, trained_whole
 from lorakit.memory import Estimate, estimate
 from lorakit.prune import Pairs
-from lorakit.recipe import Recipe
+from lorakit.sections import Recipe
 from lorakit.train import Timetable
 from lorakit.trained import pairs_at
 

@@ -15,7 +15,7 @@ from lorakit.engine import Engine
 from lorakit.environment import environment
 from lorakit.errors import FolderError, several
 from lorakit.prepare import Prepared, prepare
-from lorakit.recipe import Recipe
+from lorakit.sections import Recipe
 from lorakit.train import Progress, Row, Timetable, Trainee, finished, train
 
 

@@ -16,7 +16,7 @@ from lorakit.errors import FolderError
 from lorakit.inject import Layers, inject
 from lorakit.models import Head, ModelSection, Precision
 from lorakit.prune import Pairs, plain
-from lorakit.recipe import Recipe
+from lorakit.sections import Recipe
 
 CARD = "lorakit.json"
 """What a pruned folder says of where it came from."""

@@ -266,11 +266,13 @@ def test_an_empty_output_dir_is_refused(faults: Callable[[str], list[str]]) -> N
         ),
         (
             PLAIN + "train: {epochs: 1, steps: 2}",
-            "line 5: train: give `epochs` or `steps`, one of them.",
+            "line 5: train: give `epochs` or `steps`, one of them; train.steps=N takes "
+            "'~train.epochs' beside it where the recipe names epochs.",
         ),
         (
             PLAIN + "train: {epochs: null}",
-            "line 5: train: give `epochs` or `steps`, one of them.",
+            "line 5: train: give `epochs` or `steps`, one of them; train.steps=N takes "
+            "'~train.epochs' beside it where the recipe names epochs.",
         ),
         (
             with_adapter("{variant: sora, sparsity: {lambda: 1, xi: 0.1}}"),
