@@ -176,11 +176,11 @@ def _show_scored(scored: Scored, found: Trained, whole: bool) -> None:
         out.print(display.two_columns([*written.items(), ("precision", scored.precision)]))
         return
     before = {name: display.score(name, value) for name, value in found.scores.items()}
-    small, large = found.card["bytes"]
+    full, pruned = found.card["bytes"]
     rows = [
         *((name, before[name], value) for name, value in written.items() if name in before),
         _ranks(found.card["start"], found.card["ranks"]),
-        ("adapter size", size(small), size(large)),
+        ("adapter size", size(full), size(pruned)),
         ("scored in", f"{found.precision}, by the run", f"{scored.precision}, reloaded"),
     ]
     out.print(display.before_after(rows, title))

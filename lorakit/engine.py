@@ -38,12 +38,14 @@ class Engine:
         """Within it, gradients stay in their process while `more` batches of the step follow."""
         return self._accelerator.no_sync(model) if more else nullcontext()
 
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-        """Scales gradients down to a joint norm of `max_norm`; returns the norm before."""
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
+        """Scales gradients down to a joint norm of `max_norm`; returns the norm before.
+
+        Reading it waits for the device.
+        """
         limit = float("inf") if max_norm is None else max_norm
         norm = self._accelerator.clip_grad_norm_(list(parameters), limit)
-        assert isinstance(norm, Tensor)
-        return norm
+        return float(norm)
 
     def wait(self) -> None:
         """Until every process is here."""

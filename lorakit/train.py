@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lorakit import optim
 from lorakit.adapter import Adapter, Controller, Step
+from lorakit.data.batching import Batch
 from lorakit.engine import Engine
 from lorakit.errors import DataError
 from lorakit.optim import OptimSection
@@ -169,7 +170,7 @@ def train(
     weights = [p for p in model.parameters() if p.requires_grad]
     pieces, rate = section.accumulate * engine.processes, optim.rates(optimizer)
     stream = task.steps(section.batch_size, pieces, seed, start=progress.step)
-    seconds = 0.0
+    seconds, seen = 0.0, 0
 
     while not finished(progress, section, timetable):
         started = perf_counter()
@@ -181,15 +182,9 @@ def train(
         batches = next(stream)
         items = sum(map(task.items, batches))
         mine = [batch.to(engine.device) for batch in batches[engine.index :: engine.processes]]
-        loss = torch.zeros((), device=engine.device)
-        for left, batch in enumerate(mine, start=1 - len(mine)):
-            with engine.accumulating(model, more=left < 0):
-                part = task.loss(model, batch) / items
-                engine.backward(part)
-            loss += part.detach()
-        norm = float(engine.clip(weights, section.clip))  # a sync point; so is the loss
-        mean = engine.total(float(loss))
-        refuse_non_finite(mean, norm, step, [row for batch in mine for row in batch.rows])
+        loss = engine.total(backward(model, task, mine, items, engine))
+        norm = engine.clip(weights, section.clip)
+        refuse_non_finite(loss, norm, step, [row for batch in mine for row in batch.rows])
 
         # the step: the optimizer moves the weights, the variant has the last word
         optimizer.step()
@@ -197,22 +192,16 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         if not controller.settled():
             progress.forget_best()
-        progress.loss, progress.items = progress.loss + mean * items, progress.items + items
-        seconds += perf_counter() - started
+        progress.loss, progress.items = progress.loss + loss * items, progress.items + items
+        seconds, seen = seconds + perf_counter() - started, seen + items
 
         # now and then, and at the end
         if timetable.due(step, timetable.log_every):
-            speed, seconds = progress.items / seconds, 0.0
-            observer.log(
-                {
-                    "step": step,
-                    "loss": progress.mean_loss(),
-                    "norm": norm,
-                    "lr": section.lr * share,
-                    "samples_per_s": round(speed, 1),
-                    "ranks": {name: layer.rank() for name, layer in trainee.layers.items()},
-                }
-            )
+            told = {"step": step, "loss": progress.mean_loss(), "norm": norm}
+            told |= {"lr": section.lr * share, "samples_per_s": round(seen / seconds, 1)}
+            ranks = {name: layer.rank() for name, layer in trainee.layers.items()}
+            observer.log({**told, "ranks": ranks})
+            seconds, seen = 0.0, 0
         better = False
         if timetable.due(step, timetable.eval_every):
             scores = evaluate(model, task, "validation", section.eval_batch_size, engine.device)
@@ -223,6 +212,22 @@ def train(
         if better or over or timetable.due(step, timetable.save_every):
             observer.save(trainee)
         observer.tick(step)
+
+
+def backward(
+    model: nn.Module, task: Task, batches: Sequence[Batch], items: int, engine: Engine
+) -> float:
+    """Adds to the gradients what `batches` give to the mean loss over `items`; returns that part.
+
+    One graph is alive at a time. The sum is read once, at the end: that waits for the device.
+    """
+    loss = torch.zeros((), device=engine.device)
+    for i, batch in enumerate(batches, start=1):
+        with engine.accumulating(model, more=i < len(batches)):
+            part = task.loss(model, batch) / items
+            engine.backward(part)
+        loss += part.detach()
+    return float(loss)
 
 
 def finished(progress: Progress, section: TrainSection, timetable: Timetable) -> bool:

@@ -100,8 +100,8 @@ MUTANTS = [
     ),
     Mutant(
         "train.py",
-        "norm = float(engine.clip(weights, section.clip))",
-        "norm = float(engine.clip(weights, None))",
+        "norm = engine.clip(weights, section.clip)",
+        "norm = engine.clip(weights, None)",
         "no clipping",
         TRAIN,
     ),

@@ -236,13 +236,15 @@ def test_no_text_is_both_trained_on_and_scored(tmp_path: Path) -> None:
     assert len(train) + len(held) == 40
 
 
-def test_texts_that_two_files_share_are_counted_aloud(tmp_path: Path) -> None:
+def test_texts_that_are_scored_are_not_trained_on_and_counted_aloud(tmp_path: Path) -> None:
     train = written(tmp_path, "a.csv", many())
-    other = written(tmp_path, "b.csv", many(3) + "new,good\n")
+    other = written(tmp_path, "b.csv", many(3).replace(" of", "   of") + "new,good\n")
     splits = data.read(section(train, validation=other))
-    assert len(splits.rows["train"].texts) == 40
+    assert len(splits.rows["train"].texts) == 34
     assert len(splits.rows["validation"].texts) == 7
-    assert splits.notes == (f"6 texts of {other} are in {train} too",)
+    assert splits.notes == ("6 training texts are validation texts too and were left out",)
+    told = data.read(section(train, validation=other, deduplicate=False))
+    assert len(told.rows["train"].texts) == 40
 
 
 def test_the_share_held_out_is_that_of_every_label(tmp_path: Path) -> None:

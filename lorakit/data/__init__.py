@@ -1,7 +1,7 @@
 """Rows of text with labels, from users' own files."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,8 @@ class DataSection(Section):
     """All labels, in the order of the head's outputs; null: those of the rows, in alphabetical
     order."""
     deduplicate: bool = True
-    """Drop rows whose text was seen before, so that no text is both trained on and scored."""
+    """Drop training rows whose text was seen before, or is scored: no text is trained on and
+    scored."""
 
     @field_validator("labels")
     @classmethod
@@ -61,21 +62,20 @@ def read(section: DataSection) -> Splits:
             all rows have the same one.
 
     """
-    train = _read(section.train, section, "data.train")
+    train, valid = _read(section.train, section, "data.train"), None
     notes = list(train.notes)
+    if section.validation is not None:
+        valid = _read(section.validation, section, "data.validation")
+        notes += valid.notes
     if section.deduplicate:
-        train, said = without_duplicates(train)
+        train, said = without_duplicates(train, set(_bare(valid)) if valid else set())
         notes += said
     labels = section.labels or tuple(sorted(set(train.labels)))
     check_labels(train, labels, "data.train")
-    if section.validation is None:
+    if valid is None:
         train, valid = split(train, section.held_out, section.split_seed)
     else:
-        valid = _read(section.validation, section, "data.validation")
         check_labels(valid, labels, "data.validation", several=False)
-        notes += valid.notes
-        if shared := len(set(train.texts) & set(valid.texts)):
-            notes.append(f"{shared:,} texts of {section.validation} are in {section.train} too")
     return Splits({"train": train, "validation": valid}, labels, tuple(notes))
 
 
@@ -97,22 +97,31 @@ def check_labels(rows: Rows, labels: Sequence[str], where: str, several: bool = 
         )
 
 
-def without_duplicates(rows: Rows) -> tuple[Rows, list[str]]:
-    """The first row of every text, and a line that counts what was dropped.
+def without_duplicates(
+    rows: Rows, scored: Set[tuple[str, ...]] = frozenset()
+) -> tuple[Rows, list[str]]:
+    """The first row of every text that is not among the `scored`, and lines that count the others.
 
     Texts that differ in white space alone are the same: most tokenizers give them the same ids.
     """
     first: dict[tuple[str, ...], int] = {}
-    bare = [tuple(" ".join(part.split()) for part in text) for text in rows.texts]
+    bare, notes = _bare(rows), []
     for i, text in enumerate(bare):
         first.setdefault(text, i)
-    dropped = len(bare) - len(first)
-    if not dropped:
-        return rows, []
-    other = sum(rows.labels[i] != rows.labels[first[text]] for i, text in enumerate(bare))
-    note = f"{dropped:,} of {len(rows.texts):,} rows repeat an earlier text and were left out"
-    note += f", {other:,} of them with another label" if other else ""
-    return rows.take(first.values()), [f"{note}: {len(first):,} remain"]
+    if repeated := len(bare) - len(first):
+        other = sum(rows.labels[i] != rows.labels[first[text]] for i, text in enumerate(bare))
+        note = f"{repeated:,} of {len(bare):,} rows repeat an earlier text and were left out"
+        note += f", {other:,} of them with another label" if other else ""
+        notes.append(f"{note}: {len(first):,} remain")
+    kept = [i for text, i in first.items() if text not in scored]
+    if leaked := len(first) - len(kept):
+        notes.append(f"{leaked:,} training texts are validation texts too and were left out")
+    return rows.take(kept), notes
+
+
+def _bare(rows: Rows) -> list[tuple[str, ...]]:
+    """The texts with all white space as single blanks."""
+    return [tuple(" ".join(part.split()) for part in text) for text in rows.texts]
 
 
 def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
