@@ -27,6 +27,8 @@ def train(path: Path, overrides: list[str], resume: bool, as_json: bool) -> None
     loaded = recipe.load(_recipe_file(path), overrides)
     with display.Watch(Console(stderr=True), quiet=as_json) as watch:
         outcome = run.run(loaded, resume, watch)
+    if outcome is None:  # another process answers
+        return
     if as_json:
         _print_json(asdict(outcome))
         return

@@ -1,6 +1,7 @@
 """Devices and processes. The only importer of accelerate.
 
-Proven here in one process on a CPU; on GPUs and with many processes it is written, not yet tested.
+Proven on CPUs: one process, and two over gloo that take the steps of one with twice the batch.
+On GPUs it is written, not tested. Dropout draws the same masks in every process.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,8 @@ class Engine:
     """Where tensors live, and what must be agreed on between processes."""
 
     def __init__(self) -> None:
-        self._accelerator = Accelerator()
+        # without a word of it, accelerate starts no process group on a machine of CPUs alone
+        self._accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self.device: torch.device = self._accelerator.device
         self.processes: int = self._accelerator.num_processes
         self.index: int = self._accelerator.process_index

@@ -49,8 +49,10 @@ class Outcome:
     """Ranks in all: live at the end, and at the start."""
 
 
-def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome:
+def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome | None:
     """Trains a recipe into its `output_dir`, or goes on where `resume` finds it.
+
+    Of several processes the first writes, speaks and answers; the others return None.
 
     Raises:
         LorakitError: before anything is written, or, for a non-finite loss, on the way.
@@ -64,23 +66,27 @@ def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome:
     engine = Engine()
     engine.wait()  # all have looked before one writes
     prepared = prepare(recipe, engine.processes)
+    say = screen.note if engine.is_main else _unheard
     for note in prepared.notes:
-        screen.note(note)
+        say(note)
     trainee = _trainee(prepared, engine)
     if not resume:
         _make(folder, recipe, engine)
     else:
         _go_on(folder, trainee, prepared)
-        screen.note(f"resumed at step {trainee.progress.step:,} of {prepared.timetable.steps:,}")
+        say(f"resumed at step {trainee.progress.step:,} of {prepared.timetable.steps:,}")
     timetable, progress = prepared.timetable, trainee.progress
     if not finished(progress, recipe.train, timetable):
         start = sum(planned.rank for planned in prepared.plans.values())
-        screen.begin(progress.step, timetable, start)
+        if engine.is_main:
+            screen.begin(progress.step, timetable, start)
         journal = Journal(folder, prepared, screen, engine.is_main)
         train(trainee, prepared.task, recipe.train, timetable, recipe.seed, engine, journal)
+    if not engine.is_main:
+        return None
     outcome = _outcome(folder, prepared, progress)
     if not outcome.live:
-        screen.note("every rank has died: the adapter does nothing; push less, or train longer")
+        say("every rank has died: the adapter does nothing; push less, or train longer")
     return outcome
 
 
@@ -135,6 +141,10 @@ class Journal:
         )
         whole = {name: trainee.model.get_submodule(name) for name in prepared.whole}
         checkpoint.save(self.folder, trainee, whole, meta)
+
+
+def _unheard(text: str) -> None:
+    """What a process says that is not the first."""
 
 
 def check_resumable(recipe: Recipe, folder: Path) -> None:

@@ -62,17 +62,18 @@ def encode(rows: Rows, label_ids: Mapping[str, int], tokenizer: Any, max_length:
 def steps(
     lengths: Sequence[int], batch_size: int, pieces: int, seed: int, start: int = 0
 ) -> Iterator[list[list[int]]]:
-    """Without end from step `start`: for each step, row numbers in up to `pieces` batches.
+    """Without end from step `start`: for each step, row numbers in `pieces` batches.
 
     A step's rows do not depend on how many pieces they are cut into, so that accumulation takes
-    the same step as a larger batch. The last step of an epoch has what is left.
+    the same step as a larger batch. The last step of an epoch has what is left, cut evenly, so
+    that no process is left without a batch; only of fewer rows than pieces come fewer batches.
     """
     size = batch_size * pieces
     an_epoch = steps_in_epoch(len(lengths), size)
     epoch, skip = divmod(start, an_epoch)
     while True:
         for rows in _epoch(lengths, size, seed, epoch)[skip:]:
-            yield [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+            yield list(_cut(rows, pieces))
         epoch, skip = epoch + 1, 0
 
 
@@ -91,6 +92,16 @@ def _epoch(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[lis
     cut = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     last = [cut.pop()] if len(cut[-1]) < size else []  # a smaller step stands at the end
     return [cut[i] for i in torch.randperm(len(cut), generator=draw).tolist()] + last
+
+
+def _cut(rows: list[int], pieces: int) -> Iterator[list[int]]:
+    """`rows` in `pieces` parts whose sizes differ by one at the most; none of them empty."""
+    size, more = divmod(len(rows), pieces)
+    start = 0
+    for piece in range(min(pieces, len(rows))):
+        end = start + size + (piece < more)
+        yield rows[start:end]
+        start = end
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
