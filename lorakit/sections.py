@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Self, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from lorakit import variants
@@ -13,7 +13,7 @@ from lorakit.adapter import VariantConfig
 from lorakit.data import DataSection
 from lorakit.models import ModelSection
 from lorakit.schema import Section
-from lorakit.tasks import TaskSection
+from lorakit.tasks import OWN, TaskSection
 from lorakit.train import TrainSection
 from lorakit.yamltext import Path as KeyPath
 
@@ -31,7 +31,7 @@ class Recipe(Section):
 
     model: ModelSection
     task: TaskSection
-    data: DataSection | None = None
+    data: DataSection | None = Field(None, validate_default=True)
     """The rows of a `classification` task; GLUE tasks bring their own."""
     adapter: AnyVariant
     train: TrainSection = TrainSection()
@@ -40,13 +40,15 @@ class Recipe(Section):
     seed: NonNegativeInt = 0
     """Of the head's and the adapter's start, dropout and the order of rows."""
 
-    @model_validator(mode="after")
-    def _data_fits_task(self) -> Self:
-        if self.task.name == "classification" and self.data is None:
-            raise ValueError("task.name classification needs a `data` section with its files")
-        if self.task.name != "classification" and self.data is not None:
-            raise ValueError(f"{self.task.name} brings its own rows; `data` would be ignored")
-        return self
+    @field_validator("data")
+    @classmethod
+    def _data_fits_task(cls, data: Any, others: ValidationInfo) -> Any:
+        task = others.data.get("task")
+        if task is not None and task.name == OWN and data is None:
+            raise ValueError(f"task.name {OWN} needs a `data` section with its files")
+        if task is not None and task.name != OWN and data is not None:
+            raise ValueError(f"{task.name} brings its own rows; `data` would be ignored")
+        return data
 
 
 def keys() -> list[str]:

@@ -6,10 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from time import perf_counter
-from typing import Annotated, Any, NamedTuple, Protocol, Self
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from torch import nn
 from torch.optim import Optimizer
 
@@ -30,7 +37,7 @@ class TrainSection(OptimSection):
 
     epochs: PositiveFloat | None = 3
     """Passes over the training rows."""
-    steps: PositiveInt | None = None
+    steps: PositiveInt | None = Field(None, validate_default=True)
     """Optimizer steps, instead of `epochs`."""
     batch_size: PositiveInt = 32
     """Rows in one forward pass of one process."""
@@ -58,14 +65,15 @@ class TrainSection(OptimSection):
             return {**given, "epochs": None}
         return given
 
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if (self.epochs is None) == (self.steps is None):
+    @field_validator("steps")
+    @classmethod
+    def _one_length(cls, steps: int | None, others: ValidationInfo) -> int | None:
+        if "epochs" in others.data and (others.data["epochs"] is None) == (steps is None):
             raise ValueError(
                 "give `epochs` or `steps`, one of them; "
                 "train.steps=N takes '~train.epochs' beside it where the recipe names epochs"
             )
-        return self
+        return steps
 
     def timetable(self, steps_an_epoch: int) -> Timetable:
         """The run's length and intervals in steps."""

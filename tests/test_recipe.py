@@ -262,11 +262,11 @@ def test_an_empty_output_dir_is_refused(faults: Callable[[str], list[str]]) -> N
         (OWN, "recipe: task.name classification needs a `data` section with its files."),
         (
             PLAIN + "data: {train: x.csv}",
-            "recipe: glue/sst2 brings its own rows; `data` would be ignored.",
+            "line 5: data: glue/sst2 brings its own rows; `data` would be ignored.",
         ),
         (
             PLAIN + "train: {epochs: 1, steps: 2}",
-            "line 5: train: give `epochs` or `steps`, one of them; train.steps=N takes "
+            "line 5: train.steps: give `epochs` or `steps`, one of them; train.steps=N takes "
             "'~train.epochs' beside it where the recipe names epochs.",
         ),
         (
@@ -276,7 +276,7 @@ def test_an_empty_output_dir_is_refused(faults: Callable[[str], list[str]]) -> N
         ),
         (
             with_adapter("{variant: sora, sparsity: {lambda: 1, xi: 0.1}}"),
-            "line 3: adapter.sparsity: give `lambda` or `xi`, one of them.",
+            "line 3: adapter.sparsity.xi: give `lambda` or `xi`, one of them.",
         ),
         (
             with_adapter("{variant: sora, sparsity: {schedule: exp-linear}}"),
@@ -284,7 +284,7 @@ def test_an_empty_output_dir_is_refused(faults: Callable[[str], list[str]]) -> N
         ),
         (
             with_adapter("{variant: sora, sparsity: {schedule: linear, start: 3.0}}"),
-            "line 3: adapter.sparsity: start (3) is above the end (2).",
+            "line 3: adapter.sparsity.start: start (3) is above the end (2).",
         ),
         (
             OWN + "data: {train: x.csv, labels: [good]}",
@@ -300,6 +300,17 @@ def test_settings_that_contradict_each_other_are_refused(
     faults: Callable[[str], list[str]], text: str, message: str
 ) -> None:
     assert one(faults(text)) == message
+
+
+def test_contradictions_are_reported_together_with_every_other_fault(
+    faults: Callable[[str], list[str]],
+) -> None:
+    text = with_adapter("{variant: sora, rank: 0, sparsity: {lambda: 1, xi: 0.1}}")
+    said = faults(text + "train: {epochs: 1, steps: 2, lrr: 3}\ndata: {train: x.csv}\n")
+    told = [line.split(": ")[1] for line in said if line.startswith("line")]
+    want = {"adapter.rank", "adapter.sparsity.xi", "train.steps", "train.lrr", "data"}
+    assert set(told) == want
+    assert len(told) == len(want)
 
 
 def test_steps_alone_replace_epochs_and_xi_alone_replaces_lambda(

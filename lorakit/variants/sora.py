@@ -22,10 +22,18 @@ rate; and which puts an L1 term into the loss besides. Its gates start normal, o
 
 from collections.abc import Mapping
 from math import exp, log
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, final
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from lorakit.adapter import (
@@ -50,7 +58,7 @@ class Sparsity(Section):
     lam: NonNegativeFloat | None = Field(2.0, alias="lambda")
     """The threshold is xi_t = eta_t lambda, with eta_t the gates' rate at step t; 0 leaves a gated
     LoRA. Under Adam a different scale from the objective's lambda: docs/methods.md."""
-    xi: NonNegativeFloat | None = None
+    xi: NonNegativeFloat | None = Field(None, validate_default=True)
     """A constant threshold for each step, whatever the rate; instead of `lambda`."""
     gate_lr: PositiveFloat = 1e-2
     """The gates' peak learning rate; it follows the run's schedule."""
@@ -59,7 +67,7 @@ class Sparsity(Section):
     schedule: Schedule = "constant"
     """How `lambda` or `xi` grows from `start` over the run: at once, or in `levels` equal stages of
     equal steps, of equal steps of its exponential (log-linear), or of equal ratios (exp-linear)."""
-    start: NonNegativeFloat = 0.0
+    start: NonNegativeFloat = Field(0.0, validate_default=True)
     """Where a growing schedule begins; above 0 for exp-linear."""
     levels: PositiveInt = 7
     """How many values a growing schedule takes, both ends among them."""
@@ -71,17 +79,30 @@ class Sparsity(Section):
             return {**given, "lambda": None}
         return given
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if (self.lam is None) == (self.xi is None):
+    @field_validator("xi")
+    @classmethod
+    def _one_strength(cls, xi: float | None, others: ValidationInfo) -> float | None:
+        if "lam" in others.data and (others.data["lam"] is None) == (xi is None):
             raise ValueError("give `lambda` or `xi`, one of them")
-        if self.schedule != "constant" and self.levels < 2:
-            raise ValueError("a growing schedule takes at least 2 levels")
-        if self.schedule != "constant" and self.start > self.strength:
-            raise ValueError(f"start ({self.start:g}) is above the end ({self.strength:g})")
-        if self.schedule == "exp-linear" and self.start == 0:
+        return xi
+
+    @field_validator("start")
+    @classmethod
+    def _below_the_end(cls, start: float, others: ValidationInfo) -> float:
+        schedule, given = others.data.get("schedule"), (others.data.get(k) for k in ("lam", "xi"))
+        end = next((value for value in given if value is not None), None)
+        if schedule == "exp-linear" and start == 0:
             raise ValueError("exp-linear grows by a ratio, so `start` must be above 0")
-        return self
+        if schedule != "constant" and end is not None and start > end:
+            raise ValueError(f"start ({start:g}) is above the end ({end:g})")
+        return start
+
+    @field_validator("levels")
+    @classmethod
+    def _enough_to_grow(cls, levels: int, others: ValidationInfo) -> int:
+        if others.data.get("schedule") != "constant" and levels < 2:
+            raise ValueError("a growing schedule takes at least 2 levels")
+        return levels
 
     @property
     def strength(self) -> float:
