@@ -106,7 +106,7 @@ def test_an_example_of_the_help_is_understood(words: list[str]) -> None:
     context = command.make_context("lorakit", [*words[:1], "--help"], resilient_parsing=True)
     while hasattr(command, "commands"):
         name, command, words = command.resolve_command(context, words)
-    command.make_context(name, list(words))
+    assert command.make_context(name, list(words)).command is command
 
 
 def test_the_root_and_a_group_say_how_to_begin(lorakit: Lorakit) -> None:
