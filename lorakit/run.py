@@ -73,7 +73,7 @@ def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome | None:
     if not resume:
         _make(folder, recipe, engine)
     else:
-        _go_on(folder, trainee, prepared)
+        _go_on(folder, trainee, prepared, engine)
         say(f"resumed at step {trainee.progress.step:,} of {prepared.timetable.steps:,}")
     timetable, progress = prepared.timetable, trainee.progress
     if not finished(progress, recipe.train, timetable):
@@ -177,13 +177,15 @@ def _make(folder: Path, recipe: Recipe, engine: Engine) -> None:
         (temporary / "metrics.jsonl").touch()
 
 
-def _go_on(folder: Path, trainee: Trainee, prepared: Prepared) -> None:
+def _go_on(folder: Path, trainee: Trainee, prepared: Prepared, engine: Engine) -> None:
     """Loads the last checkpoint, if there is one, and drops the lines of metrics.jsonl after it."""
     if (folder / "checkpoints" / "last").is_file():
         last = checkpoint.find(folder, "last")
         whole = {name: trainee.model.get_submodule(name) for name in prepared.whole}
         checkpoint.load_weights(last, trainee.layers, whole)
         checkpoint.load_state(last, trainee)
+    if not engine.is_main:
+        return
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= trainee.progress.step]

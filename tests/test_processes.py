@@ -1,6 +1,5 @@
 """Two processes on one machine, over gloo: the same run as one process with twice the batch."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,37 +8,43 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from test_variant_laws import metrics, stop_at
 from torch.testing import assert_close
-
-
-def metrics(run: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "samples_per_s"} for row in rows]
 
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(
     recipe: Path, lorakit: Callable[..., Any]
 ) -> None:
-    """60 rows in steps of 16: the last step of an epoch has 12. One process writes and speaks."""
+    """Also when stopped and resumed. 60 rows in steps of 16: an epoch's last step has 12."""
     sora = ("adapter.variant=sora", "adapter.sparsity={xi: 0.05}", "train.log_every=1")
     settings = (*sora, "train.steps=6", "train.eval_every=2", "model.dropout=0.0")
     one = lorakit("train", recipe, *settings, "train.batch_size=16", "output_dir=runs/one")
     assert one.code == 0, one.err
+    two = ("train", recipe, *settings, "train.batch_size=8", "output_dir=runs/two")
+    assert in_two_processes(*two).stdout.count("lorakit prune runs/two") == 1
+    same(Path("runs/two"), Path("runs/one"))
+
+    stop_at(Path("runs/two"), 3)
+    assert in_two_processes(*two, "--resume").stderr.count("resumed at step 3 of 6") == 1
+    same(Path("runs/two"), Path("runs/one"))
+
+
+def in_two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "lorakit"]
-    command += ["train", str(recipe), *settings, "train.batch_size=8", "output_dir=runs/two"]
     done = subprocess.run(
-        command,
+        [*command, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("lorakit prune runs/two") == 1
-    assert_close(metrics("runs/two"), metrics("runs/one"), rtol=1e-4, atol=1e-6)
+    return done
+
+
+def same(two: Path, one: Path) -> None:
+    """Equal but for the order of sums: metrics, adapters, head."""
+    assert_close(metrics(two), metrics(one), rtol=1e-4, atol=1e-6)
     for part in ("adapter", "head"):
-        two, alone = (
-            load_file(f"runs/{run}/checkpoints/step-000006/{part}.safetensors")
-            for run in ("two", "one")
-        )
-        assert_close(two, alone, rtol=1e-4, atol=1e-5)
+        file = f"checkpoints/step-000006/{part}.safetensors"
+        assert_close(load_file(two / file), load_file(one / file), rtol=1e-4, atol=1e-5)
