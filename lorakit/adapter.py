@@ -17,7 +17,7 @@ those that live.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar, final
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, final
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -94,6 +94,10 @@ class Adapter(nn.Module, ABC):
     a step below 2^-8.
     """
 
+    ranked: ClassVar[Mapping[str, int]] = {}
+    """Parameters and buffers with one slice a rank, and its axis: `{"A": 0, "B": 1}`. Layers that
+    say so can be compacted."""
+
     def __init__(self, base: nn.Module, config: VariantConfig, plan: Plan) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
@@ -104,19 +108,36 @@ class Adapter(nn.Module, ABC):
     @final  # type: ignore[misc]  # nn.Module declares forward as an attribute
     def forward(self, x: Tensor) -> Tensor:
         """W x + b + dW x, for x (..., n) to (..., m), in the base's precision."""
+        return self.finish(self.base_output(x) + self.update(self.dropout(x)))
+
+    def base_output(self, x: Tensor) -> Tensor:
+        """W x + b. A variant that quantises W replaces it."""
         y: Tensor = self.base(x)
-        return y + self.update(self.dropout(x))
+        return y
 
     @abstractmethod
     def update(self, x: Tensor) -> Tensor:
         """dW x, for x (..., n) to (..., m), computed in the precision of x."""
+
+    def finish(self, y: Tensor) -> Tensor:
+        """The last touch on the sum, (..., m). A variant that quantises activations replaces it."""
+        return y
 
     @abstractmethod
     def factors(self) -> Factors:
         """The plain pair (A, B) with B A equal to dW in evaluation, and dead ranks left out.
 
         Detached, in float32. Draws no random number and changes no state: it is called to look.
+
+        Raises:
+            NotLowRankError: no plain pair does what this layer does; the message says why.
+
         """
+
+    def delta(self) -> Tensor:
+        """dW itself, (m, n), in evaluation; detached, in float32."""
+        pair = self.factors()
+        return pair.B @ pair.A
 
     def rank(self) -> int:
         """k, the live rank now."""
@@ -130,9 +151,34 @@ class Adapter(nn.Module, ABC):
         return {}
 
     @final
+    def compact(self, kept: Tensor) -> "list[Shrunk]":
+        """Drops all ranks but `kept`, their numbers in ascending order. `r` stays what it was.
+
+        Parameters are replaced by smaller ones, which an optimizer must be told of.
+        """
+        shrunk = []
+        for name, axis in self.ranked.items():
+            old = getattr(self, name)
+            rows = old.detach().index_select(axis, kept.to(old.device))
+            new = nn.Parameter(rows) if isinstance(old, nn.Parameter) else rows
+            setattr(self, name, new)
+            if isinstance(new, nn.Parameter):
+                shrunk.append(Shrunk(old, new, axis))
+        return shrunk
+
+    @final
     def own_state(self) -> dict[str, Tensor]:
         """The state dict without the frozen base: what a checkpoint holds of this layer."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("base.")}
+
+
+class Shrunk(NamedTuple):
+    """A parameter before and after a compaction."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    axis: int
+    """Of the two's ranks."""
 
 
 def thin(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -162,37 +208,74 @@ def plain_parameters(base: nn.Module, plan: Plan) -> tuple[nn.Parameter, nn.Para
     return nn.Parameter(A), nn.Parameter(B)
 
 
+class Stage(NamedTuple):
+    """A part of a run with a warm-up and a decay of its own."""
+
+    steps: int
+    rate: float = 1.0
+    """Its peak learning rates, as a share of the recipe's; 0 freezes the weights."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """What a controller is told about the optimizer's step just taken."""
+    """What a controller is told about a step."""
 
     step: int
     """Counts from 1."""
     steps: int
     """How many the run has."""
     rate: Callable[[nn.Parameter], float]
-    """The learning rate a parameter's group has just been moved with."""
+    """The learning rate a parameter's group is moved with in this step."""
+    stage: int = 0
+    """Which of the controller's stages it is in; counts from 0."""
 
 
 L = TypeVar("L", bound=Adapter)
 C = TypeVar("C", bound=VariantConfig)
+Kept = Mapping[str, Tensor]
+"""Layers to compact, by name, and the numbers of the ranks they keep."""
 
 
 class Controller(Generic[L, C]):
     """What a variant does around the optimizer's step. This one does nothing.
 
-    The loop calls it at fixed points, always, and never asks which variant it has.
+    The loop calls it at fixed points, always, and never asks which variant it has. A variant may
+    refuse here what only the run's length tells to be impossible, by a RecipeError.
     """
 
     def __init__(self, layers: Mapping[str, L], config: C, steps: int) -> None:
         self.layers, self.config, self.steps = layers, config, steps
 
-    def after_step(self, ctx: Step) -> None:
+    def stages(self) -> tuple[Stage, ...]:
+        """The parts of the run; their steps add up to `steps`."""
+        return (Stage(self.steps),)
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss of a step, once, however many batches it has."""
+
+    def before_step(self, ctx: Step) -> None:
+        """Called when the step's gradients are complete and not yet clipped."""
+
+    def after_step(self, ctx: Step) -> Kept:
         """Called after the optimizer moved the weights, gradients still present."""
+        return {}
 
     def settled(self) -> bool:
         """Whether ranks have come to rest; until then no checkpoint is called the best."""
         return True
+
+    def told(self) -> Mapping[str, Any]:
+        """Numbers of its own for the log, as JSON has them; short, since a screen shows them."""
+        return {}
+
+    def ended(self) -> tuple[str, ...]:
+        """What a person must know of how the run went, said loudly after the last step.
+
+        Raises:
+            LorakitError: the run did not do what the recipe asks for; its checkpoints stay.
+
+        """
+        return ()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a resumed run needs to go on as if it had never stopped."""
@@ -208,6 +291,7 @@ class Promises(NamedTuple):
 
     exact_start: bool = True  # fresh, the model's output is the base model's bit for bit
     low_rank: bool = True  # factors() answers
+    pair_ranks: int = 1  # ranks of the plain pair for each live rank
     exchangeable_ranks: bool = True  # permuting the ranks of a layer changes nothing
 
 

@@ -137,13 +137,16 @@ def meta(folder: Path) -> Meta:
 def load_weights(
     folder: Path, layers: Mapping[str, Adapter], whole: Mapping[str, nn.Module]
 ) -> None:
-    """Fills adapters and head from a checkpoint.
+    """Fills adapters and head from a checkpoint; layers that were compacted there are so here.
 
     Raises:
         FolderError: a file is broken, or names or shapes differ; all differences are listed.
 
     """
-    copy_into(_adapter_tensors(layers), _read(folder / "adapter.safetensors"), folder)
+    saved = _read(folder / "adapter.safetensors")
+    for name, layer in layers.items():
+        _compact_like(layer, {key: saved.get(f"{name}.{key}") for key in layer.ranked})
+    copy_into(_adapter_tensors(layers), saved, folder)
     copy_into(_whole_tensors(whole), _read(folder / "head.safetensors"), folder)
 
 
@@ -181,6 +184,17 @@ def copy_into(wanted: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder:
         raise FolderError(several(f"{folder} does not fit this model", faults))
     for key, value in wanted.items():
         value.copy_(saved[key])
+
+
+def _compact_like(layer: Adapter, saved: Mapping[str, Tensor | None]) -> None:
+    """Gives a layer as many ranks as `saved` has; which ones does not matter, they are filled."""
+    ranks = {
+        value.shape[layer.ranked[key]]
+        for key, value in saved.items()
+        if value is not None and value.ndim > layer.ranked[key]
+    }
+    if len(ranks) == 1 and (rank := ranks.pop()) < layer.r:
+        layer.compact(torch.arange(rank))
 
 
 def _adapter_tensors(layers: Mapping[str, Adapter]) -> dict[str, Tensor]:

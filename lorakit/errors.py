@@ -24,6 +24,10 @@ class FolderError(LorakitError):
     """A run, a checkpoint or an adapter folder is missing, in the way, or does not fit."""
 
 
+class NotLowRankError(LorakitError):
+    """A layer's update is no plain pair of small matrices; the message says why."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence naming the known word closest to `name`; empty where none is close."""
     near = get_close_matches(name, list(known), n=1)

@@ -1,15 +1,16 @@
 """The optimizer, its parameter groups and the learning-rate schedule."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import cos, pi
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lorakit.adapter import Adapter
+from lorakit.adapter import Adapter, Shrunk
+from lorakit.errors import RecipeError
 from lorakit.schema import Section
 
 
@@ -69,13 +70,45 @@ def set_rates(optimizer: Optimizer, share: float) -> None:
         group["lr"] = group["peak"] * share
 
 
+def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All that the optimizer moves."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def rates(optimizer: Optimizer) -> Callable[[nn.Parameter], float]:
     """A function that tells the present rate of a parameter's group."""
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     return lambda p: float(group_of[id(p)]["lr"])
 
 
-def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+def compact(optimizer: Optimizer, shrunk: Iterable[Shrunk], kept: Tensor) -> None:
+    """Puts the new parameters in the place of the old, with the moments of the ranks kept.
+
+    Raises:
+        RecipeError: moments are stored in 8-bit blocks, which no single rank can be taken out of.
+
+    """
+    places = {
+        id(p): (group, i) for group in optimizer.param_groups for i, p in enumerate(group["params"])
+    }
+    for old, new, axis in shrunk:
+        state = optimizer.state.pop(old, {})
+        if any(value.dtype == torch.uint8 for value in state.values()):
+            raise RecipeError(
+                "adapter: blockwise 8-bit moments cannot be compacted, since a block spans ranks; "
+                "turn compaction off, or take an optimizer with 32-bit moments."
+            )
+        group, i = places[id(old)]
+        group["params"][i] = new
+        optimizer.state[new] = {
+            key: value.index_select(axis, kept.to(value.device))
+            if value.shape == old.shape
+            else value
+            for key, value in state.items()
+        }
+
+
+def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by parameter name: `classifier.weight.exp_avg`. No pickle needed."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
@@ -86,7 +119,7 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Ten
 
 
 def load_state_tensors(
-    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, torch.Tensor]
+    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
     """The inverse of `state_tensors`."""
     parameters = dict(model.named_parameters())

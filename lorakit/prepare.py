@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit import checkpoint, models, tasks, variants
 from lorakit.adapter import Plan
@@ -30,6 +30,10 @@ class Prepared:
     whole: tuple[str, ...]
     timetable: Timetable
     notes: tuple[str, ...]
+
+    def whole_modules(self) -> dict[str, nn.Module]:
+        """The modules trained whole."""
+        return {name: self.base.model.get_submodule(name) for name in self.whole}
 
     def memory(self) -> Estimate:
         """What training will take."""

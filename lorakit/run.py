@@ -3,12 +3,13 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from lorakit import checkpoint, models, optim, variants
 from lorakit import recipe as recipes
+from lorakit.adapter import Controller
 from lorakit.checkpoint import Meta
 from lorakit.disk import refuse_existing, whole_folder, write_text
 from lorakit.engine import Engine
@@ -69,11 +70,14 @@ def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome | None:
     say = screen.note if engine.is_main else _unheard
     for note in prepared.notes:
         say(note)
-    trainee = _trainee(prepared, engine)
+    last = _last(folder) if resume else None
+    if last is not None:
+        checkpoint.load_weights(last, prepared.layers, prepared.whole_modules())
+    trainee = _trainee(prepared, engine)  # after the weights: they may have been compacted
     if not resume:
         _make(folder, recipe, engine)
     else:
-        _go_on(folder, trainee, prepared, engine)
+        _go_on(folder, last, trainee, engine)
         say(f"resumed at step {trainee.progress.step:,} of {prepared.timetable.steps:,}")
     timetable, progress = prepared.timetable, trainee.progress
     if not finished(progress, recipe.train, timetable):
@@ -84,6 +88,8 @@ def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome | None:
         train(trainee, prepared.task, recipe.train, timetable, recipe.seed, engine, journal)
     if not engine.is_main:
         return None
+    for warning in trainee.controller.ended():
+        say(f"WARNING: {warning}")
     outcome = _outcome(folder, prepared, progress)
     if not outcome.live:
         say("every rank has died: the adapter does nothing; push less, or train longer")
@@ -98,7 +104,9 @@ def check(recipe: Recipe) -> Prepared:
 
     """
     refuse_existing(Path(recipe.output_dir), "Choose another name: output_dir=NAME.")
-    return prepare(recipe)
+    prepared = prepare(recipe)
+    _controller(prepared)  # it may refuse the run's length
+    return prepared
 
 
 class Journal:
@@ -139,8 +147,7 @@ class Journal:
             scores={name: scored[name] for name in names if name in scored},
             precision=_precision(prepared.base),
         )
-        whole = {name: trainee.model.get_submodule(name) for name in prepared.whole}
-        checkpoint.save(self.folder, trainee, whole, meta)
+        checkpoint.save(self.folder, trainee, prepared.whole_modules(), meta)
 
 
 def _unheard(text: str) -> None:
@@ -155,14 +162,16 @@ def check_resumable(recipe: Recipe, folder: Path) -> None:
         raise FolderError(several(f"--resume: {folder} was started with another recipe", changed))
 
 
+def _controller(prepared: Prepared) -> Controller[Any, Any]:
+    config = prepared.recipe.adapter
+    make = variants.get(config.variant).controller
+    return make(prepared.layers, config, prepared.timetable.steps)
+
+
 def _trainee(prepared: Prepared, engine: Engine) -> Trainee:
     model = prepared.base.model.to(engine.device)
-    config = prepared.recipe.adapter
-    controller = variants.get(config.variant).controller(
-        prepared.layers, config, prepared.timetable.steps
-    )
     optimizer = optim.adamw(model, prepared.layers, prepared.recipe.train)
-    return Trainee(model, prepared.layers, controller, optimizer, Progress())
+    return Trainee(model, prepared.layers, _controller(prepared), optimizer, Progress())
 
 
 def _make(folder: Path, recipe: Recipe, engine: Engine) -> None:
@@ -177,12 +186,14 @@ def _make(folder: Path, recipe: Recipe, engine: Engine) -> None:
         (temporary / "metrics.jsonl").touch()
 
 
-def _go_on(folder: Path, trainee: Trainee, prepared: Prepared, engine: Engine) -> None:
-    """Loads the last checkpoint, if there is one, and drops the lines of metrics.jsonl after it."""
-    if (folder / "checkpoints" / "last").is_file():
-        last = checkpoint.find(folder, "last")
-        whole = {name: trainee.model.get_submodule(name) for name in prepared.whole}
-        checkpoint.load_weights(last, trainee.layers, whole)
+def _last(run: Path) -> Path | None:
+    """The last checkpoint of a run, if it has come to one."""
+    return checkpoint.find(run, "last") if (run / "checkpoints" / "last").is_file() else None
+
+
+def _go_on(folder: Path, last: Path | None, trainee: Trainee, engine: Engine) -> None:
+    """Puts back all but the weights, and drops the lines of metrics.jsonl after it."""
+    if last is not None:
         checkpoint.load_state(last, trainee)
     if not engine.is_main:
         return

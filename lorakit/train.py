@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lorakit import optim
-from lorakit.adapter import Adapter, Controller, Step
+from lorakit.adapter import Adapter, Controller, Kept, Stage, Step
 from lorakit.data.batching import Batch
 from lorakit.engine import Engine
 from lorakit.errors import DataError
@@ -174,68 +174,130 @@ def train(
 
     """
     progress, controller, optimizer = trainee.progress, trainee.controller, trainee.optimizer
-    model = engine.prepare(trainee.model).train()
-    weights = [p for p in model.parameters() if p.requires_grad]
-    pieces, rate = section.accumulate * engine.processes, optim.rates(optimizer)
-    stream = task.steps(section.batch_size, pieces, seed, start=progress.step)
-    seconds, seen = 0.0, 0
+    model, stages = engine.prepare(trainee.model).train(), controller.stages()
+    weights, rate = optim.parameters(optimizer), optim.rates(optimizer)
+    stream = task.steps(
+        section.batch_size, section.accumulate * engine.processes, seed, start=progress.step
+    )
+    speed = Speed()
 
     while not finished(progress, section, timetable):
         started = perf_counter()
         step = progress.step = progress.step + 1
-        share = optim.factor(step, timetable.steps, section)
+        place = place_of(step, stages)
+        share = place.stage.rate * optim.factor(place.step, place.stage.steps, section)
         optim.set_rates(optimizer, share)
+        ctx = Step(step, timetable.steps, rate, place.number)
 
         # the gradient: every batch adds its part of the mean over all items of the step
         batches = next(stream)
         items = sum(map(task.items, batches))
         mine = [batch.to(engine.device) for batch in batches[engine.index :: engine.processes]]
-        loss = engine.total(backward(model, task, mine, items, engine))
+        loss = engine.total(backward(model, task, mine, items, controller, engine))
+        controller.before_step(ctx)
         norm = engine.clip(weights, section.clip)
         refuse_non_finite(loss, norm, step, [row for batch in mine for row in batch.rows])
 
         # the step: the optimizer moves the weights, the variant has the last word
         optimizer.step()
-        controller.after_step(Step(step, timetable.steps, rate))
+        kept = controller.after_step(ctx)
         optimizer.zero_grad(set_to_none=True)
+        if kept:
+            compact(trainee, kept)
+            weights, rate = optim.parameters(optimizer), optim.rates(optimizer)
         if not controller.settled():
             progress.forget_best()
         progress.loss, progress.items = progress.loss + loss * items, progress.items + items
-        seconds, seen = seconds + perf_counter() - started, seen + items
+        speed.add(items, perf_counter() - started)
 
-        # now and then, and at the end
+        # now and then, at the end of a stage, and at the end
         if timetable.due(step, timetable.log_every):
             told = {"step": step, "loss": progress.mean_loss(), "norm": norm}
-            told |= {"lr": section.lr * share, "samples_per_s": round(seen / seconds, 1)}
+            told |= {"lr": section.lr * share, "samples_per_s": speed.read()}
             ranks = {name: layer.rank() for name, layer in trainee.layers.items()}
-            observer.log({**told, "ranks": ranks})
-            seconds, seen = 0.0, 0
-        better = False
-        if timetable.due(step, timetable.eval_every):
+            observer.log({**told, **controller.told(), "ranks": ranks})
+        better, stage_over = False, place.last and len(stages) > 1
+        if stage_over or timetable.due(step, timetable.eval_every):
             scores = evaluate(model, task, "validation", section.eval_batch_size, engine.device)
             observer.log({"step": step, **scores})
             if controller.settled():
                 better = progress.judge(headline(scores, section.best))
         over = finished(progress, section, timetable)
-        if better or over or timetable.due(step, timetable.save_every):
+        if better or over or stage_over or timetable.due(step, timetable.save_every):
             observer.save(trainee)
         observer.tick(step)
 
 
 def backward(
-    model: nn.Module, task: Task, batches: Sequence[Batch], items: int, engine: Engine
+    model: nn.Module,
+    task: Task,
+    batches: Sequence[Batch],
+    items: int,
+    controller: Controller[Any, Any],
+    engine: Engine,
 ) -> float:
     """Adds to the gradients what `batches` give to the mean loss over `items`; returns that part.
 
-    One graph is alive at a time. The sum is read once, at the end: that waits for the device.
+    One graph is alive at a time. The variant's penalty joins the last of them, a share in every
+    process; the loss returned is without it. It is read once, at the end: that waits for the
+    device.
     """
     loss = torch.zeros((), device=engine.device)
     for i, batch in enumerate(batches, start=1):
         with engine.accumulating(model, more=i < len(batches)):
             part = task.loss(model, batch) / items
-            engine.backward(part)
-        loss += part.detach()
+            loss += part.detach()
+            penalty = controller.penalty() if i == len(batches) else None
+            engine.backward(part if penalty is None else part + penalty / engine.processes)
     return float(loss)
+
+
+def compact(trainee: Trainee, kept: Kept) -> None:
+    """Rebuilds layers at the ranks they keep, with the optimizer's moments."""
+    for name, ranks in kept.items():
+        optim.compact(trainee.optimizer, trainee.layers[name].compact(ranks), ranks)
+
+
+class Place(NamedTuple):
+    """Where a step lies among the stages of a run."""
+
+    number: int
+    """Counts from 0."""
+    stage: Stage
+    step: int
+    """Within the stage, from 1."""
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the stage's last."""
+        return self.step == self.stage.steps
+
+
+def place_of(step: int, stages: Sequence[Stage]) -> Place:
+    """The place of a step, counted from 1."""
+    for number, stage in enumerate(stages):
+        if step <= stage.steps:
+            return Place(number, stage, step)
+        step -= stage.steps
+    raise ValueError(f"{step} steps behind the last stage")
+
+
+@dataclass
+class Speed:
+    """Items and seconds since it was last read; evaluations are not counted."""
+
+    items: int = 0
+    seconds: float = 0.0
+
+    def add(self, items: int, seconds: float) -> None:
+        """A step."""
+        self.items, self.seconds = self.items + items, self.seconds + seconds
+
+    def read(self) -> float:
+        """Items in a second; starts anew."""
+        speed = round(self.items / self.seconds, 1)
+        self.items, self.seconds = 0, 0.0
+        return speed
 
 
 def finished(progress: Progress, section: TrainSection, timetable: Timetable) -> bool:

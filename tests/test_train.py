@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lorakit import optim
-from lorakit.adapter import Controller, Step
+from lorakit.adapter import Controller, Kept, Step
 from lorakit.data.batching import Batch
 from lorakit.errors import DataError
 from lorakit.train import Timetable, headline
@@ -21,22 +21,23 @@ LORA = LoRAConfig(variant="lora", rank=4, alpha=8.0)
 class Spy(Controller[Any, Any]):
     """Writes down what it is told, and what gradients it finds."""
 
-    def __init__(self) -> None:
-        super().__init__({}, LORA, 0)
+    def __init__(self, steps: int) -> None:
+        super().__init__({}, LORA, steps)
         self.seen: list[tuple[int, int, float]] = []
         self.gradients = True
         self.rests = True
 
-    def after_step(self, ctx: Step) -> None:
+    def after_step(self, ctx: Step) -> Kept:
         self.seen.append((ctx.step, ctx.steps, ctx.rate(self.parameter)))
         self.gradients &= self.parameter.grad is not None
+        return {}
 
     def settled(self) -> bool:
         return self.rests
 
 
 def spied(settings: Any) -> tuple[Spy, Any]:
-    spy, trainee = Spy(), pupil(LORA, settings)
+    spy, trainee = Spy(settings.steps), pupil(LORA, settings)
     spy.parameter = trainee.layers["up"].B
     return spy, type(trainee)(
         trainee.model, trainee.layers, spy, trainee.optimizer, trainee.progress
@@ -81,11 +82,12 @@ def test_gradients_are_clipped_to_their_joint_norm() -> None:
     norms: list[float] = []
 
     class Watch(Spy):
-        def after_step(self, ctx: Step) -> None:
+        def after_step(self, ctx: Step) -> Kept:
             norms.append(float(torch.cat([p.grad.flatten() for p in self.trained]).norm()))
+            return {}
 
     trainee = pupil(LORA, settings)
-    watch = Watch()
+    watch = Watch(settings.steps)
     watch.trained = [p for p in trainee.model.parameters() if p.requires_grad]
     notes = taught(type(trainee)(trainee.model, trainee.layers, watch, trainee.optimizer), settings)
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
@@ -147,7 +149,7 @@ def test_ranks_that_move_between_two_evaluations_make_the_best_forgotten() -> No
 
     given: list[float] = []
     trainee = pupil(LORA, settings)
-    spy = Restless()
+    spy = Restless(settings.steps)
     spy.parameter = trainee.layers["up"].B
     trainee = type(trainee)(trainee.model, trainee.layers, spy, trainee.optimizer)
     taught(trainee, settings, Worse(planted().x, planted().y))

@@ -40,6 +40,7 @@ from lorakit.adapter import (
     Adapter,
     Controller,
     Factors,
+    Kept,
     Plan,
     Step,
     Variant,
@@ -174,7 +175,7 @@ class ProximalGates(Controller[SoRALinear, SoRAConfig]):
         self.step = self.moved = 0  # now, and the last step at which a gate died or came back
 
     @torch.no_grad()
-    def after_step(self, ctx: Step) -> None:
+    def after_step(self, ctx: Step) -> Kept:
         value = self.values[(ctx.step - 1) * len(self.values) // ctx.steps]
         for layer in self.layers.values():
             xi = value * ctx.rate(layer.g) if self.config.sparsity.xi is None else value
@@ -182,6 +183,7 @@ class ProximalGates(Controller[SoRALinear, SoRAConfig]):
         live, self.step = self._live(), ctx.step
         if not torch.equal(live, self.live):
             self.live, self.moved = live, ctx.step
+        return {}
 
     def settled(self) -> bool:
         """Gates have died, and for a tenth of the run none has died or come back.
