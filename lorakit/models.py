@@ -46,9 +46,14 @@ class Head(NamedTuple):
     """What a task asks of the model's last layer, known before the model is loaded."""
 
     labels: tuple[str, ...] = ()
-    """Names of the outputs; empty: as the base model has them."""
+    """Names of the outputs, one for a regression; empty: as the base model has them."""
     kind: str | None = CLASSIFIER
     """PEFT's task type."""
+
+    @property
+    def problem(self) -> str:
+        """What transformers calls it, by its own rule: one output is a regression's."""
+        return "regression" if len(self.labels) == 1 else "single_label_classification"
 
 
 class Base(NamedTuple):
@@ -154,7 +159,7 @@ def _head_settings(head: Head) -> dict[str, Any]:
         "num_labels": len(head.labels),
         "id2label": dict(enumerate(head.labels)),
         "label2id": {label: i for i, label in enumerate(head.labels)},
-        "problem_type": "single_label_classification",
+        "problem_type": head.problem,
     }
 
 

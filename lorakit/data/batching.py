@@ -3,7 +3,7 @@
 The order is a function of (seed, epoch) alone, so a resumed run finds its place by counting steps.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
     """The token ids of a split's rows, unpadded."""
 
     columns: dict[str, list[list[int]]]  # what the model's forward takes, by row
-    labels: list[int]
+    labels: Sequence[float]  # whole numbers where they number classes
     padding: dict[str, int]  # what each column is filled up with
 
     @property
@@ -50,13 +50,15 @@ class Encoded(NamedTuple):
         return Batch(inputs, torch.tensor([self.labels[i] for i in rows]), list(rows))
 
 
-def encode(rows: Rows, label_ids: Mapping[str, int], tokenizer: Any, max_length: int) -> Encoded:
-    """Tokenizes every row, cut to `max_length` tokens."""
+def encode(rows: Rows, targets: Sequence[float], tokenizer: Any, max_length: int) -> Encoded:
+    """Tokenizes every row, cut to `max_length` tokens; of a pair, the longer text is cut first."""
     texts = [list(column) for column in zip(*rows.texts, strict=True)]
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    encoded = tokenizer(*texts, truncation="longest_first", max_length=max_length)
     padding = {key: 0 for key in encoded}
     padding["input_ids"] = tokenizer.pad_token_id
-    return Encoded(dict(encoded), [label_ids[label] for label in rows.labels], padding)
+    if "token_type_ids" in encoded:  # which text of a pair a token is of; not all models take it
+        padding["token_type_ids"] = tokenizer.pad_token_type_id
+    return Encoded(dict(encoded), targets, padding)
 
 
 def steps(

@@ -90,16 +90,32 @@ def read_folder(path: Path, where: str) -> Rows:
     return rows._replace(notes=(f"{count} not UTF-8, read as Windows-1252: {other[0]}",))
 
 
-def read_unquoted_tsv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, record) of a TSV in which a quote is a letter, as in GLUE's files.
+def read_unquoted_tsv(
+    path: Path, columns: Sequence[str], header: Sequence[str] = ()
+) -> Iterator[tuple[int, tuple[str, ...] | None]]:
+    """(line, cells of `columns`) of a TSV in which a quote is a letter, as in GLUE's files.
 
-    Read as quoted, a lone `"` swallows every line up to the next one, silently.
+    Read as quoted, a lone `"` swallows every line up to the next one, silently. None stands for the
+    cells of a line too short to have them all. `header` is for files that have none of their own.
+
+    Raises:
+        DataError: it cannot be read, is not UTF-8, or lacks a column.
+
     """
-    with path.open(encoding="utf-8", newline="\n") as file:
-        header = file.readline().rstrip("\r\n").split("\t")
-        for line, content in enumerate(file, start=2):
-            if content.strip():
-                yield line, dict(zip(header, content.rstrip("\r\n").split("\t"), strict=False))
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            names = list(header) or file.readline().rstrip("\r\n").split("\t")
+            if missing := [column for column in columns if column not in names]:
+                raise DataError(_no_column(path, missing[0], names))
+            at = [names.index(column) for column in columns]
+            for line, content in enumerate(file, start=1 if header else 2):
+                if content.strip():
+                    cells = content.rstrip("\r\n").split("\t")
+                    yield line, tuple(cells[i] for i in at) if len(cells) > max(at) else None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, dict[Any, Any]]]:
@@ -150,13 +166,15 @@ def _cell(path: Path, line: int, column: str, record: dict[Any, Any]) -> str:
 
     """
     if column not in record:
-        known = [str(name) for name in record]
-        raise DataError(
-            f"{path} has no column {column!r}.{nearest(column, known)} Columns: {', '.join(known)}."
-        )
+        raise DataError(_no_column(path, column, list(map(str, record))))
     value = record[column]
     if isinstance(value, dict | list):
         raise DataError(f"{path} line {line}: {column!r} holds a {type(value).__name__}, no text.")
     if value is None or not str(value).strip():
         raise DataError(f"{path} line {line}: no value in column {column!r}.")
     return str(value)
+
+
+def _no_column(path: Path, column: str, known: Sequence[str]) -> str:
+    hint = nearest(column, known)
+    return f"{path} has no column {column!r}.{hint} Columns: {', '.join(known) or 'none'}."

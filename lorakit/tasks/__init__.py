@@ -9,13 +9,14 @@ import torch
 from pydantic import PositiveInt, field_validator
 from torch import Tensor, nn
 
-from lorakit.data import DataSection, Splits, read
+from lorakit.data import DataSection, read
 from lorakit.data.batching import Batch
 from lorakit.errors import no_such
 from lorakit.models import Head
 from lorakit.schema import Section
 from lorakit.tasks import glue
 from lorakit.tasks.classification import Classification
+from lorakit.tasks.texts import TextTask
 
 OWN = "classification"
 """The task whose rows come from the `data` section."""
@@ -30,11 +31,12 @@ class TaskSection(Section):
     """What is learnt and scored."""
 
     name: str
-    """`glue/sst2`, or `classification` with a `data` section."""
+    """`classification` with a `data` section; or a task of GLUE, which brings its own rows:
+    `glue/cola`, `sst2`, `mrpc`, `qqp`, `stsb`, `mnli`, `qnli`, `rte` or `wnli`."""
     data_dir: str | None = None
     """A folder in GLUE's official layout (`SST-2/train.tsv`); null: the hub."""
     max_length: PositiveInt = 128
-    """Longer texts are cut to so many tokens."""
+    """Longer texts are cut to so many tokens; of a pair, the longer one first."""
 
     @field_validator("name")
     @classmethod
@@ -59,6 +61,9 @@ class Task(Protocol):
 
     def limited(self, split: str, limit: int | None) -> Task:
         """The task with only the first `limit` rows of a split; None: all."""
+
+    def sample(self, split: str, count: int) -> Task:
+        """The task with `count` rows of a split, the same at every call."""
 
     def rows(self, split: str) -> int:
         """How many rows a split has."""
@@ -96,13 +101,10 @@ def build(section: TaskSection, data: DataSection | None) -> Task:
     """
     if section.name == OWN:
         assert data is not None  # the recipe has refused it
-        splits: Splits = read(data)
-        return Classification(splits, section.max_length)
-    return Classification(
-        glue.read(section.name, section.data_dir),
-        section.max_length,
-        glue.TASKS[section.name].metrics,
-    )
+        splits = read(data)
+        return TextTask(splits, section.max_length, Classification(splits.labels))
+    splits = glue.read(section.name, section.data_dir)
+    return TextTask(splits, section.max_length, glue.TASKS[section.name].objective)
 
 
 @torch.no_grad()

@@ -1,0 +1,57 @@
+"""One number a text, or a pair of texts: the squared error, and correlations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from lorakit.data import check_numbers
+from lorakit.data.sources import Rows
+from lorakit.models import Head
+from lorakit.tasks.texts import Metric
+
+OUTPUT = "score"
+"""The name of the head's one output."""
+
+
+def pearson(truth: Sequence[float], guesses: Sequence[float]) -> float:
+    """Pearson's correlation, in percent; 0 where either is constant, which has none."""
+    from scipy.stats import pearsonr
+
+    if len(set(truth)) == 1 or len(set(guesses)) == 1:
+        return 0.0
+    return 100 * float(pearsonr(truth, guesses).statistic)
+
+
+def spearman(truth: Sequence[float], guesses: Sequence[float]) -> float:
+    """Pearson's correlation of the ranks, equal values sharing theirs; in percent."""
+    from scipy.stats import rankdata
+
+    return pearson(rankdata(truth).tolist(), rankdata(guesses).tolist())
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Fits `texts.Objective`."""
+
+    metrics: tuple[Metric, ...] = (pearson, spearman)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return ()
+
+    def head(self) -> Head:
+        return Head((OUTPUT,))
+
+    def check(self, rows: Rows, where: str, several: bool) -> None:
+        check_numbers(rows, where, several)
+
+    def targets(self, labels: Sequence[str]) -> list[float]:
+        return [float(label) for label in labels]
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return mse_loss(self.guesses(outputs), targets, reduction="sum")
+
+    def guesses(self, outputs: Tensor) -> Tensor:
+        return outputs.squeeze(-1)
