@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from lorakit import variants
+from lorakit import tasks, variants
 from lorakit.errors import RecipeError, nearest, no_such, several
 from lorakit.foreign_keys import BY_COMMAND, HERE
 from lorakit.schema import expected
@@ -43,6 +43,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise RecipeError(f"{path}: cannot be read: {reason}.") from None
     document = parse(text, str(path))
+    _choose_task(document, overrides)
     for override in sorted(overrides, key=lambda o: not o.startswith("adapter.variant=")):
         _apply(override, document)  # the variant first: it decides which keys there are
     try:
@@ -88,6 +89,53 @@ def _leaves(data: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield f"{prefix}{key}", value
 
 
+def _choose_task(document: Document, overrides: Sequence[str]) -> None:
+    """Applies what `per_task` says of the task that the recipe or an override names."""
+    table = document.data.pop("per_task", {})
+    named = document.data.get("task")
+    task = named.get("name") if isinstance(named, Mapping) else None
+    for override in overrides:
+        task = override.removeprefix("task.name=") if override.startswith("task.name=") else task
+    if not isinstance(table, Mapping) or not all(isinstance(v, Mapping) for v in table.values()):
+        place = document.places["per_task",]
+        document.faults.append(f"{place}: per_task: expected task names, each with dotted keys.")
+        return
+    for name in set(table) - set(tasks.names()):
+        place = document.places["per_task", name]
+        document.faults.append(f"{place}: per_task: {no_such('task', name, tasks.names())}")
+    for dotted, value in table.get(str(task), {}).items():
+        place = document.places["per_task", str(task), dotted]
+        path = path_of(dotted, document.data)
+        if field_at(path, document.data) is None and not takes_free_keys(path[:-1], document.data):
+            document.faults.append(f"{place}: per_task.{task}: {_unknown(path, document.data)}")
+        else:
+            _write(path, value, place, document)
+
+
+def _write(path: KeyPath, value: Any, place: str, document: Document) -> None:
+    """Sets a key, and where it came from; what stood there or below it is gone."""
+    section: dict[str, Any] = document.data
+    for key in path[:-1]:
+        if not isinstance(section.get(str(key)), dict):
+            section[str(key)] = {}
+        section = section[str(key)]
+    for below in [known for known in document.places if known[: len(path)] == path]:
+        del document.places[below]
+    document.places[path] = place
+    section[str(path[-1])] = value
+
+
+def _unset(path: KeyPath, document: Document) -> None:
+    """Takes a key out, so that its default holds."""
+    section: Any = document.data
+    for key in path[:-1]:
+        section = section.get(key) if isinstance(section, dict) else None
+    if isinstance(section, dict):
+        section.pop(str(path[-1]), None)
+    for below in [known for known in document.places if known[: len(path)] == path]:
+        del document.places[below]
+
+
 def _apply(override: str, document: Document) -> None:
     """Writes one `a.b=c` or `~a.b` into the document, or a fault where it names nothing."""
     unset = override.startswith("~")
@@ -96,26 +144,19 @@ def _apply(override: str, document: Document) -> None:
     if bool(equals) == unset or not all(path):
         document.faults.append(f"{place}: write key=value, or ~key for the default.")
         return
+    if path[0] == "per_task":
+        document.faults.append(f"{place}: per_task belongs into a recipe; set the key itself.")
+        return
     section = section_at(path[:-1], document.data)
     field = fields(section).get(path[-1]) if section else None
     left = unset and dotted in keys()  # of a variant that another override has put away
     if field is None and not left and not takes_free_keys(path[:-1], document.data):
         document.faults.append(f"{place}: {_unknown(path, document.data)}")
         return
-    parents: dict[str, Any] = document.data
-    for key in path[:-1]:
-        if not isinstance(parents.get(key), dict):
-            if unset:
-                return
-            parents[key] = {}
-        parents = parents[key]
-    for below in [known for known in document.places if known[: len(path)] == path]:
-        del document.places[below]
     if unset:
-        parents.pop(path[-1], None)
+        _unset(path, document)
     else:
-        document.places[path] = place
-        parents[path[-1]] = scalar(text) if field is None else _typed(text, field)
+        _write(path, scalar(text) if field is None else _typed(text, field), place, document)
 
 
 def _typed(text: str, field: FieldInfo) -> Any:
@@ -144,6 +185,8 @@ def _unknown(path: KeyPath, data: Any) -> str:
         hint = f" `{name}` is `{HERE[name]}` here."
     elif dotted in elsewhere:
         hint = f" It belongs to the variant {' or '.join(variants_with(name))}."
+    elif hint := nearest(name, here, close=0.9):
+        pass
     elif elsewhere:
         hint = f" Is it {' or '.join(f'`{key}`' for key in elsewhere)}?"
     elif not (hint := nearest(name, here)):

@@ -39,6 +39,10 @@ class Recipe(Section):
     """The run folder to make. An existing one is never written into, except by `--resume`."""
     seed: NonNegativeInt = 0
     """Of the head's and the adapter's start, dropout and the order of rows."""
+    per_task: dict[str, dict[str, Any]] = Field(default_factory=dict, exclude=True)
+    """Dotted keys that hold for single tasks, by the task's name; those of the task that the
+    recipe or the command line names are applied when a recipe is read, and written into the run
+    where they belong."""
 
     @field_validator("data")
     @classmethod
@@ -52,7 +56,7 @@ class Recipe(Section):
 
 
 def keys() -> list[str]:
-    """Every dotted key a recipe may have, over all variants."""
+    """Every dotted key a run has, over all variants."""
     found = dict.fromkeys(_keys_of(Recipe, ""))
     for name in variants.names():
         found.update(dict.fromkeys(_keys_of(variants.get(name).config, "adapter.")))
@@ -103,7 +107,8 @@ def path_of(dotted: str, data: Any) -> tuple[str, ...]:
 
 def _keys_of(section: type[Section], prefix: str) -> Iterable[str]:
     for name, field in fields(section).items():
-        yield prefix + name
+        if not field.exclude:  # told when a recipe is read, and gone then
+            yield prefix + name
         if (below := _section_in(field, {})) is not None:
             yield from _keys_of(below, f"{prefix}{name}.")
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from lorakit import recipe as recipes
+from lorakit import variants
 from lorakit.errors import RecipeError
 
+VARIANTS = ", ".join(variants.names())
 TEXT = """\
 model: {name: some/model}
 task: {name: classification, data_dir: d}
@@ -188,7 +190,7 @@ def test_a_whole_section_may_be_replaced(after: Callable[..., dict[str, Any]]) -
         ("adapter.rank=2.5", "adapter.rank: 2.5: expected a whole number."),
         (
             "adapter.variant=lorra",
-            "adapter.variant: no variant 'lorra'. Nearest: 'lora'. Known: lora, sora.",
+            f"adapter.variant: no variant 'lorra'. Nearest: 'lora'. Known: {VARIANTS}.",
         ),
         ("train", "write key=value, or ~key for the default."),
         ("~train.lr=3", "write key=value, or ~key for the default."),

@@ -12,8 +12,10 @@ from lorakit import recipe as recipes
 from lorakit import shipped, variants
 from lorakit.errors import RecipeError
 from lorakit.foreign_keys import BY_COMMAND, HERE
+from lorakit.sections import variants_with
 from lorakit.tasks import glue
 
+VARIANTS = ", ".join(variants.names())
 PLAIN = """\
 model: {name: some/model}
 task: {name: glue/sst2}
@@ -101,7 +103,9 @@ def test_a_key_that_resembles_none_is_answered_with_all_there_are(
     faults: Callable[[str], list[str]],
 ) -> None:
     fault = one(faults(PLAIN + "zzz: 1"))
-    assert fault.endswith("Known here: model, task, data, adapter, train, output_dir, seed.")
+    assert fault.endswith(
+        "Known here: model, task, data, adapter, train, output_dir, seed, per_task."
+    )
 
 
 def test_a_key_of_another_variant_names_that_variant(faults: Callable[[str], list[str]]) -> None:
@@ -116,6 +120,9 @@ def test_every_section_of_every_variant_refuses_unknown_keys(
     assert {"model", "task", "data", "adapter", "adapter.sparsity", "train"} <= sections
     for section in sorted(sections):
         data = yaml.safe_load(OWN) | {"data": {"train": "x.csv"}}
+        own = section.removeprefix("adapter.").split(".")[0]
+        if section.startswith("adapter."):
+            data["adapter"]["variant"] = variants_with(own)[0]
         place = data
         for key in section.split("."):
             place = place.setdefault(key, {})
@@ -327,10 +334,10 @@ def test_steps_alone_replace_epochs_and_xi_alone_replaces_lambda(
     [
         (
             with_adapter("{variant: sorra}"),
-            "line 3: adapter.variant: no variant 'sorra'. Nearest: 'sora'. Known: lora, sora.",
+            f"line 3: adapter.variant: no variant 'sorra'. Nearest: 'sora'. Known: {VARIANTS}.",
         ),
-        (with_adapter("{variant: 3}"), "line 3: adapter.variant: no variant '3'. Known: lora,"),
-        (with_adapter("{rank: 3}"), "line 3: adapter.variant: missing. Known: lora, sora."),
+        (with_adapter("{variant: 3}"), "line 3: adapter.variant: no variant '3'. Known: "),
+        (with_adapter("{rank: 3}"), f"line 3: adapter.variant: missing. Known: {VARIANTS}."),
         (with_adapter("lora"), "line 3: adapter: 'lora': expected a mapping of keys to values."),
         (
             PLAIN.replace("glue/sst2", "glue/sst"),
@@ -458,13 +465,16 @@ def test_a_shipped_recipe_names_its_schema_and_its_command(name: str) -> None:
     assert any(f"lorakit train recipes/{name}.yaml" in line for line in lines)
 
 
-def test_a_dumped_recipe_writes_out_every_key(write: Callable[[str], Path]) -> None:
-    dumped = yaml.safe_load(recipes.dump(recipes.load(write(OWN + "data: {train: x.csv}"))))
+@pytest.mark.parametrize("variant", variants.names())
+def test_a_dumped_recipe_writes_out_every_key(write: Callable[[str], Path], variant: str) -> None:
+    text = OWN.replace("variant: sora", f"variant: {variant}") + "data: {train: x.csv}"
+    dumped = yaml.safe_load(recipes.dump(recipes.load(write(text))))
     for key in KEYS:
+        name = key.removeprefix("adapter.").partition(".")[0]
+        if key.startswith("adapter.") and variant not in variants_with(name):
+            continue
         place = dumped
         for part in key.split("."):
-            if key in ("adapter.rslora", "adapter.lr_ratio"):
-                break  # another variant's
             assert part in place, key
             place = place[part]
 
