@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, final
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lorakit.base import device_of, widths
+from lorakit.base import dense_weight, device_of, widths
+from lorakit.codes import CodedPair
+from lorakit.errors import NotCodedError
 from lorakit.schema import Section
 
 
@@ -85,6 +87,7 @@ class Plan(NamedTuple):
     rank: int  # r >= 1; a linear with rank 0 has no plan
     scale: float  # s
     start: Factors | None = None  # the pair to go on from; its own scale is folded in
+    fresh: bool = True  # False: a checkpoint's tensors come next, a costly start is not computed
 
 
 class Adapter(nn.Module, ABC):
@@ -138,6 +141,21 @@ class Adapter(nn.Module, ABC):
         """dW itself, (m, n), in evaluation; detached, in float32."""
         pair = self.factors()
         return pair.B @ pair.A
+
+    def coded(self) -> CodedPair:
+        """The integer codes that this layer evaluates with, dead ranks left out; detached.
+
+        A layer that answers computes by `coded_base`, `coded_update` and `gridded` in evaluation,
+        so that codes on disk give the same output bit for bit.
+
+        Raises:
+            NotCodedError: its numbers are no codes.
+
+        """
+        raise NotCodedError(
+            "there is nothing to pack: this adapter's numbers are float32, not integer codes; only "
+            "a variant that learns bit-widths has codes."
+        )
 
     def rank(self) -> int:
         """k, the live rank now."""
@@ -208,6 +226,65 @@ def plain_parameters(base: nn.Module, plan: Plan) -> tuple[nn.Parameter, nn.Para
     return nn.Parameter(A), nn.Parameter(B)
 
 
+class SubtractedConfig(VariantConfig):
+    """The settings of variants whose start is taken from W and subtracted."""
+
+    @field_validator("init_from")
+    @classmethod
+    def _one_start(cls, folder: str | None) -> str | None:
+        if folder is not None:
+            raise ValueError(
+                "this variant takes its start from W; `variant: lora` goes on from an adapter"
+            )
+        return folder
+
+
+class Subtracted(Adapter):
+    """A pair that starts at a part of W, and subtracts what it starts at.
+
+        dW = s (B A - B0 A0),    A = A0 and B = B0 at the start
+
+    The papers edit W to W - s B0 A0 and add s B A. With W left alone outputs and gradients are
+    the same, a quantised W needs no second quantisation, and the adapter can be taken off. It is
+    computed as one pair of rank 2r:
+
+        dW = s (B - B0) A + s B0 (A - A0) = s [B - B0, B0] [A; A - A0]
+
+    which is exactly 0 at the start. The differences are taken in float32: cast to bfloat16 first,
+    B A and B0 A0 would agree in all their digits for as long as the steps are small.
+    """
+
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(self, base: nn.Module, config: VariantConfig, plan: Plan) -> None:
+        super().__init__(base, config, plan)
+        if plan.fresh:
+            first = self.start(dense_weight(base), config)
+        else:
+            A0 = torch.zeros(self.r, self.n, device=device_of(base))
+            first = Factors(A0, torch.zeros(self.m, self.r, device=A0.device))
+        self.register_buffer("A0", first.A.contiguous())
+        self.register_buffer("B0", first.B.contiguous())
+        self.A, self.B = nn.Parameter(self.A0.clone()), nn.Parameter(self.B0.clone())
+
+    @abstractmethod
+    def start(self, W: Tensor, config: Any) -> Factors:
+        """A0 (r, n) and B0 (m, r), from W (m, n) in float32."""
+
+    def update(self, x: Tensor) -> Tensor:
+        return thin(x, *self._pair())
+
+    def factors(self) -> Factors:
+        A, B = self._pair()
+        return Factors(A.detach(), B.detach())
+
+    def _pair(self) -> Factors:
+        A = torch.cat([self.A, self.A - self.A0])  # (2r, n)
+        B = torch.cat([self.B - self.B0, self.B0], dim=1)  # (m, 2r)
+        return Factors(A, self.scale * B)
+
+
 class Stage(NamedTuple):
     """A part of a run with a warm-up and a decay of its own."""
 
@@ -228,6 +305,8 @@ class Step:
     """The learning rate a parameter's group is moved with in this step."""
     stage: int = 0
     """Which of the controller's stages it is in; counts from 0."""
+    moment: Callable[[nn.Parameter], Tensor] = torch.zeros_like
+    """A parameter's second moment in Adam, v_hat, in its shape; 0 before its first gradient."""
 
 
 L = TypeVar("L", bound=Adapter)
@@ -300,5 +379,5 @@ class Variant(NamedTuple):
 
     config: type[VariantConfig]
     layer: Callable[[nn.Module, Any, Plan], Adapter]
-    controller: type[Controller[Any, Any]] = Controller
+    controller: Callable[[Mapping[str, Any], Any, int], Controller[Any, Any]] = Controller
     promises: Promises = Promises()

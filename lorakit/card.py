@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit import __version__
 
 if TYPE_CHECKING:
+    from lorakit.bops import Costs
     from lorakit.prune import Selection
     from lorakit.trained import Trained
 
@@ -17,6 +18,16 @@ _LOADERS = {
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
 }
+
+
+Form = Literal["plain", "packed"]
+"""A PEFT folder in float32, or integer codes."""
+
+
+GROWN = (
+    "More ranks than at the start: the start, which is subtracted, takes as many again. "
+    "`lorakit prune --rank R` cuts them, and tells the error."
+)
 
 
 @dataclass(frozen=True)
@@ -41,17 +52,61 @@ class Pruned:
     """Largest difference of logits to the adapter before pruning."""
     limits: tuple[str, ...]
     """What readers other than PEFT will not take."""
+    form: Form = "plain"
+    forms: dict[str, int] = field(default_factory=dict)
+    """Bytes of the weight files in each form that there is, head included; empty without codes."""
+    costs: Costs | None = None
+    """Of the codes; null where there are none, or where they are not what was written."""
+
+    @property
+    def grown(self) -> bool:
+        """Whether the plain pairs have more ranks than the layers that learned them."""
+        return sum(self.ranks.values()) > sum(self.start.values())
 
 
 def card(trained: Trained, pruned: Pruned) -> str:
     """Markdown: what this adapter is, how to load it, its ranks, and how it was checked."""
-    recipe, kept = trained.recipe, sum(pruned.ranks.values())
-    total = sum(pruned.start.values())
-    lines = ["---", "library_name: peft"]
+    plain = pruned.form == "plain"
+    kept, total = sum(pruned.ranks.values()), sum(pruned.start.values())
+    lines = ["---", f"library_name: {'peft' if plain else 'lorakit'}"]
     if not trained.base.name.startswith("package:"):
         lines.append(f"base_model: {json.dumps(trained.base.name)}")
-    lines += ["tags: [lora, lorakit]", "---", "", f"# {pruned.source.name}, pruned", ""]
-    lines.append(f"A LoRA adapter for `{trained.base.name}`, {kept} of {total} ranks kept.")
+    title = f"# {pruned.source.name}, {'pruned' if plain else 'packed'}"
+    lines += ["tags: [lora, lorakit]", "---", "", title, ""]
+    kind = "A LoRA adapter" if plain else "A low-rank adapter in integer codes"
+    lines.append(f"{kind} for `{trained.base.name}`, {kept} of {total} ranks kept.")
+    lines += [*_training(trained), "", "```python", *_loading(trained, pruned), "```", ""]
+    if trained.head.labels:
+        lines += [f"Labels, in the order of the outputs: {', '.join(trained.head.labels)}.", ""]
+    lines += [*_modules(pruned), ""]
+    lines += [f"Relative error of the update: {pruned.error:.3g}. Read back into a fresh base,"]
+    lines.append(f"the largest difference of a logit was {pruned.difference:.2g}.")
+    if pruned.costs is not None:
+        lines += ["", *told(pruned.costs)]
+    if pruned.grown:
+        lines += ["", GROWN]
+    if pruned.limits:
+        lines += ["", "Other readers:", "", *(f"- {limit}" for limit in pruned.limits)]
+    return "\n".join(lines) + "\n"
+
+
+def told(costs: Costs) -> tuple[str, ...]:
+    """Storage and bit operations in sentences, each share with what it is a share of."""
+    bill = costs.total
+    whole, whole_float = bill.adapter + bill.base, bill.adapter_float + bill.base_float
+    lora = "LoRA at the start's ranks in float32"
+    return (
+        f"Codes take {bill.storage:,} bits, {bill.storage / bill.storage_float:.1%} of the "
+        f"{bill.storage_float:,} of {lora}.",
+        f"Bit operations a token, adapter alone: {bill.adapter:,}, {bill.share:.1%} of the "
+        f"{bill.adapter_float:,} of {lora}.",
+        f"With the adapted linears' base weights: {whole:,}, {bill.share_with_base:.1%} of "
+        f"{whole_float:,} in float32.",
+    )
+
+
+def _training(trained: Trained) -> list[str]:
+    recipe, lines = trained.recipe, []
     if recipe is not None:
         lines.append(
             f"Trained by lorakit with the variant `{recipe.adapter.variant}` on "
@@ -61,24 +116,32 @@ def card(trained: Trained, pruned: Pruned) -> str:
     if trained.scores:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in trained.scores.items())
         lines.append(f"Validation scores of the run at that step ({trained.precision}): {scores}.")
-    lines += [
-        "",
-        "```python",
-        f"from peft import {_loader(trained)}",
-        "",
-        _call(trained),
-        "```",
-        "",
+    return lines
+
+
+def _loading(trained: Trained, pruned: Pruned) -> list[str]:
+    if pruned.form == "packed":
+        return [
+            "from pathlib import Path",
+            "",
+            "from lorakit.trained import open_trained",
+            "",
+            "model = open_trained(Path(FOLDER)).model",
+        ]
+    return [f"from peft import {_loader(trained)}", "", _call(trained)]
+
+
+def _modules(pruned: Pruned) -> list[str]:
+    """The table of ranks, and of bits where codes were written."""
+    if pruned.form == "plain" or pruned.costs is None:
+        lines = ["| module | rank | of |", "| --- | --: | --: |"]
+        return lines + [f"| `{n}` | {pruned.ranks[n]} | {of} |" for n, of in pruned.start.items()]
+    lines = ["| module | rank | of | bits of A, E, B |", "| --- | --: | --: | --- |"]
+    bits = {n: ", ".join(map(str, (b.A, b.E, b.B))) for n, b in pruned.costs.bits.items()}
+    return lines + [
+        f"| `{n}` | {pruned.ranks[n]} | {of} | {bits.get(n, '')} |"
+        for n, of in pruned.start.items()
     ]
-    if trained.head.labels:
-        lines += [f"Labels, in the order of the outputs: {', '.join(trained.head.labels)}.", ""]
-    lines += ["| module | rank | of |", "| --- | --: | --: |"]
-    lines += [f"| `{name}` | {pruned.ranks[name]} | {of} |" for name, of in pruned.start.items()]
-    lines += ["", f"Relative error of the update: {pruned.error:.3g}. Read back into a fresh base,"]
-    lines.append(f"the largest difference of a logit was {pruned.difference:.2g}.")
-    if pruned.limits:
-        lines += ["", "Other readers:", "", *(f"- {limit}" for limit in pruned.limits)]
-    return "\n".join(lines) + "\n"
 
 
 def _loader(trained: Trained) -> str:
@@ -108,4 +171,7 @@ def provenance(trained: Trained, pruned: Pruned, selection: Selection) -> dict[s
         "relative_error": pruned.error,
         "logit_difference": pruned.difference,
         "logit_shift": pruned.shift,
+        "form": pruned.form,
+        "bytes_by_form": pruned.forms,
+        "costs": asdict(pruned.costs) if pruned.costs else None,
     }

@@ -109,7 +109,8 @@ def train(
 @app.command()
 def prune(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A run, a checkpoint, or a PEFT LoRA folder.")
+        Path,
+        typer.Argument(metavar="PATH", help="A run, a checkpoint, a PEFT LoRA or packed folder."),
     ],
     out: Annotated[
         Path | None,
@@ -130,15 +131,24 @@ def prune(
         ),
     ] = None,
     of: Annotated[
-        str, typer.Option(metavar="ranks|parameters", help="What --keep counts.")
-    ] = "ranks",
+        str | None,
+        typer.Option(metavar="ranks|parameters", help="What --keep counts. Default: ranks."),
+    ] = None,
     layout: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="pattern|uniform",
-            help="A rank for each module, or zeros up to one rank for readers of no patterns.",
+            help="A rank for each module, or zeros up to one rank for readers of no patterns. "
+            "Default: pattern.",
         ),
-    ] = "pattern",
+    ] = None,
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed",
+            help="Write integer codes at their learned bits, for lorakit alone; to `packed`.",
+        ),
+    ] = False,
     which: Which = None,
     base: BaseModel = None,
     as_json: Json = False,
@@ -148,6 +158,9 @@ def prune(
     Without --rank, --energy or --keep only dead ranks leave, and nothing changes. The folder is
     read back into a fresh base model and compared before it is called done.
 
+    Where bit-widths were learned, --packed keeps the codes as they are: smaller still, with the
+    very same logits, and read by `lorakit eval` and `lorakit prune` alone.
+
     For example:
 
       lorakit prune runs/quickstart
@@ -155,10 +168,12 @@ def prune(
       lorakit prune runs/quickstart --keep 0.25 --out quarter
 
       lorakit prune some/peft/folder --energy 0.99 --out smaller
+
+      lorakit prune runs/blora_bbc --packed
     """
     from lorakit import commands
 
-    commands.prune(path, out, (rank, energy, keep, of), layout, which, base, as_json)
+    commands.prune(path, out, (rank, energy, keep, of), layout, packed, which, base, as_json)
 
 
 @app.command("eval")
@@ -167,7 +182,7 @@ def evaluate(
         Path | None,
         typer.Argument(
             metavar="PATH",
-            help="A run, a checkpoint or a PEFT folder. Default: the newest run under runs/.",
+            help="A run, a checkpoint, a PEFT or packed folder. Default: the newest run in runs/.",
         ),
     ] = None,
     task: Annotated[
@@ -179,7 +194,7 @@ def evaluate(
         typer.Option(metavar="DIR", help="A folder in GLUE's layout, instead of the hub."),
     ] = None,
     split: Annotated[
-        str, typer.Option(metavar="train|validation", help="Which rows.")
+        str, typer.Option(metavar="SPLIT", help="train, validation; MNLI: validation_mismatched.")
     ] = "validation",
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Only the first so many rows.")
@@ -197,13 +212,15 @@ def evaluate(
     base: BaseModel = None,
     as_json: Json = False,
 ) -> None:
-    """Score a run, a checkpoint or a PEFT folder.
+    """Score a run, a checkpoint, a PEFT or packed folder.
 
     For example:
 
       lorakit eval --task glue/sst2
 
       lorakit eval runs/quickstart/pruned --output-path scores.json
+
+      lorakit eval runs/blora_bbc/packed
 
       lorakit eval some/peft/folder --task glue/sst2 --data-dir data/glue
     """

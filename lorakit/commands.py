@@ -1,14 +1,15 @@
 """What each command does: calls the rooms below, and shows or prints what they answer."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from rich.console import Console
 
-from lorakit import display, export, recipe, run, shipped, tasks, trained
-from lorakit.card import Pruned
+from lorakit import display, export, plots, recipe, report, run, shipped, tasks, trained, variants
+from lorakit.card import GROWN, Pruned, told
 from lorakit.disk import write_text
 from lorakit.display import size
 from lorakit.errors import FolderError, LorakitError, nearest
@@ -29,16 +30,22 @@ def train(path: Path, overrides: list[str], resume: bool, as_json: bool) -> None
         outcome = run.run(loaded, resume, watch)
     if outcome is None:  # another process answers
         return
+    ends = report.stage_ends(outcome.run)
+    if ends:
+        plots.stage_curve(ends, outcome.start, outcome.run / "stages.png")
     if as_json:
-        _print_json(asdict(outcome))
+        _print_json({**asdict(outcome), "stages": [end._asdict() for end in ends]})
         return
+    if ends:
+        Console().print(display.stage_table(ends, outcome.start))
     best = f", best at {outcome.best_step:,}" if outcome.best_step else ""
     rows = [
         ("run", str(outcome.run)),
         ("steps", f"{outcome.step:,}{best}"),
         ("scores", display.scores(outcome.scores)),
         ("ranks", f"{outcome.live} of {outcome.start} live"),
-        ("next", f"lorakit prune {outcome.run}"),
+        *([("picture", str(outcome.run / "stages.png"))] if ends else []),
+        ("next", f"lorakit {_next(loaded.adapter.variant)} {outcome.run}"),
     ]
     Console().print(display.two_columns(rows))
 
@@ -86,19 +93,27 @@ def dry_run(path: Path, overrides: list[str], as_json: bool) -> None:
 def prune(
     path: Path,
     out: Path | None,
-    cut: tuple[int | None, float | None, float | None, str],
-    layout: str,
+    cut: tuple[int | None, float | None, float | None, str | None],
+    layout: str | None,
+    packed: bool,
     which: str | None,
     base: str | None,
     as_json: bool,
 ) -> None:
     """`lorakit prune`."""
-    _one_of("--layout", layout, get_args(Layout))
-    _one_of("--of", cut[3], get_args(Unit))
-    selection = Selection(cut[0], cut[1], cut[2], cast(Unit, cut[3]))
+    rank, energy, keep, of = cut
+    if packed:
+        options = {"rank": rank, "energy": energy, "keep": keep, "of": of, "layout": layout}
+        _alone("--packed", options)
+    _one_of("--layout", layout or "pattern", get_args(Layout))
+    _one_of("--of", of or "ranks", get_args(Unit))
     found = trained.open_trained(path, which, base=base)
-    target = out or export.default_out(found.path)
-    pruned = export.export(found, target, selection, cast(Layout, layout))
+    target = out or export.default_out(found.path, "packed" if packed else "pruned")
+    if packed:
+        pruned = export.pack(found, target)
+    else:
+        selection = Selection(rank, energy, keep, cast(Unit, of or "ranks"))
+        pruned = export.export(found, target, selection, cast(Layout, layout or "pattern"))
     if as_json:
         _print_json(asdict(pruned))
     else:
@@ -159,13 +174,21 @@ def _show_pruned(pruned: Pruned) -> None:
         ("adapter parameters", f"{pruned.parameters[0]:,}", f"{pruned.parameters[1]:,}"),
         ("size with head", size(pruned.size[0]), size(pruned.size[1])),
     ]
+    if pruned.costs is not None:
+        out.print(display.cost_table(pruned.costs, pruned.ranks))
+        for sentence in told(pruned.costs):
+            out.print(sentence)
     out.print(display.before_after(rows, f"{pruned.source.name} -> {pruned.out}"))
+    for form, count in pruned.forms.items():
+        if form != pruned.form:
+            out.print(f"Written {form}, it would take {size(count)} with the head.")
     if pruned.error:
         out.print(f"Relative error of the update {pruned.error:.3g}.")
         out.print(f"Logits moved by up to {pruned.shift:.2g}.")
-    out.print(f"Read back into a fresh base model: logits within {pruned.difference:.1g}.")
-    for limit in pruned.limits:
-        out.print(f"· {limit}")
+    same = f"logits within {pruned.difference:.1g}" if pruned.difference else "the same logits"
+    out.print(f"Read back into a fresh base model: {same}.")
+    for note in (*((GROWN,) if pruned.grown else ()), *pruned.limits):
+        out.print(f"· {note}")
 
 
 def _show_scored(scored: Scored, found: Trained, whole: bool) -> None:
@@ -183,14 +206,26 @@ def _show_scored(scored: Scored, found: Trained, whole: bool) -> None:
         *((name, before[name], value) for name, value in written.items() if name in before),
         _ranks(found.card["start"], found.card["ranks"]),
         ("adapter size", size(full), size(pruned)),
+        *_other_forms(found.card),
         ("scored in", f"{found.precision}, by the run", f"{scored.precision}, reloaded"),
     ]
     out.print(display.before_after(rows, title))
 
 
+def _next(variant: str) -> str:
+    """What is done with a finished run: a full-rank update can only be scored."""
+    return "prune" if variants.get(variant).promises.low_rank else "eval"
+
+
 def _ranks(start: dict[str, int], ranks: dict[str, int]) -> tuple[str, str, str]:
     kept, of = sum(ranks.values()), sum(start.values())
     return ("ranks", f"{of}", f"{kept} ({kept / of:.0%})")
+
+
+def _other_forms(card: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The size a folder of codes would have in float32, and the other way round."""
+    forms = card.get("bytes_by_form", {})
+    return [(f"size if {form}", "", size(n)) for form, n in forms.items() if form != card["form"]]
 
 
 def _recipe_file(path: Path) -> Path:
@@ -202,6 +237,16 @@ def _one_of(option: str, given: str, known: tuple[str, ...]) -> None:
     if given not in known:
         expected = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
         raise LorakitError(f"{option}: {given!r}: expected {expected}.{nearest(given, known)}")
+
+
+def _alone(option: str, others: dict[str, Any]) -> None:
+    """Refuses options that say nothing beside `option`."""
+    given = [f"--{name}" for name, value in others.items() if value is not None]
+    if given:
+        raise LorakitError(
+            f"{option} writes codes as they are and takes no {', '.join(given)}; for a smaller "
+            f"plain adapter leave {option} out."
+        )
 
 
 def _print_json(value: Any) -> None:

@@ -3,10 +3,12 @@
 Progress and notes go to standard error, results to standard output.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group
@@ -20,8 +22,17 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from lorakit.report import StageEnd
+
+if TYPE_CHECKING:
+    from lorakit.bops import Bill, Costs
+
 HEAT = ("#1b2a41", "#173f5f", "#20639b", "#2a8ba8", "#3caea3", "#8fc27a", "#f6d55c")
 """From few ranks to many."""
+
+
+COMMON = {"step", "loss", "norm", "lr", "samples_per_s", "ranks"}
+"""What every logged row has; what else is there, the variant tells."""
 
 
 class Watch:
@@ -33,7 +44,7 @@ class Watch:
         self.steps, self.first, self.start_ranks = 0, 0, 0
         self.started = perf_counter()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,7 +83,7 @@ class Watch:
         if self.quiet:
             return
         if "ranks" not in row:
-            named = {name: value for name, value in row.items() if name != "step"}
+            named = {k: v for k, v in row.items() if isinstance(v, float)}
             self.console.print(f"step {row['step']:>5}  {scores(named)}", highlight=False)
         elif self.bar is not None:
             self.bar.update(self.bar.task_ids[0], numbers=self._numbers(row))
@@ -86,7 +97,7 @@ class Watch:
         return (
             f"loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['samples_per_s']:.0f} rows/s  "
             f"ranks {live}/{self.start_ranks}"
-        )
+        ) + "".join(f"  {name} {_told(row[name])}" for name in row if name not in COMMON)
 
     def _seconds_left(self, step: int) -> float:
         done = max(1, step - self.first)
@@ -127,6 +138,59 @@ def rank_table(start: Mapping[str, int], kept: Mapping[str, int]) -> Table:
     table.add_section()
     totals = [_total(names(kind=kind), start, kept) for kind in kinds]
     table.add_row("all", *totals, _total(list(start), start, kept))
+    return table
+
+
+def stage_table(ends: Sequence[StageEnd], start: int) -> Table:
+    """A line for each stage: ranks kept, and the score on what was seen and what was not."""
+    table = Table(
+        title="Score against ranks kept, stage by stage",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+    )
+    metric, dense = ends[0].metric, ends[0]
+    columns = ("stage", "step", "ranks", "kept", f"training {metric}", "of dense")
+    for column in (*columns, f"validation {metric}", "of dense"):
+        table.add_column(column, justify="right")
+    for end in ends:
+        table.add_row(
+            str(end.stage),
+            f"{end.step:,}",
+            f"{end.ranks}/{start}",
+            f"{end.ranks / start:.0%}",
+            score(metric, end.train),
+            f"{end.train / dense.train:.1%}" if dense.train else "",
+            score(metric, end.validation),
+            f"{end.validation / dense.validation:.1%}" if dense.validation else "",
+        )
+    return table
+
+
+def cost_table(costs: Costs, ranks: Mapping[str, int]) -> Table:
+    """A line for each module: rank, bits, storage, and bit operations as shares of float32's."""
+    table = Table(
+        title="Bits, storage, and bit operations as shares of LoRA's in float32",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        show_edge=False,
+    )
+    outer = any((b.W, b.Ax, b.EAx) != (32, 32, 32) for b in costs.bits.values())
+    table.add_column("module", overflow="fold")
+    columns = ("rank", "bits\nA/E/B", *(("bits\nW/Ax/EAx",) if outer else ()))
+    for column in (*columns, "storage", "adapter", "and base"):
+        table.add_column(column, justify="right", vertical="bottom")
+    for name, bill in costs.modules.items():
+        bits = costs.bits[name]
+        widths = [f"{bits.A}/{bits.E or '-'}/{bits.B}"]
+        widths += [f"{bits.W}/{bits.Ax}/{bits.EAx}"] if outer else []
+        short = ".".join(_place(name) or (name,))
+        table.add_row(short, str(ranks[name]), *widths, *_bill(bill))
+    table.add_section()
+    table.add_row("all", str(sum(ranks.values())), *[""] * (len(columns) - 1), *_bill(costs.total))
     return table
 
 
@@ -177,13 +241,25 @@ def _cell(names: Sequence[str], start: Mapping[str, int], kept: Mapping[str, int
     if not names:
         return Text("")
     have, had = sum(kept[n] for n in names), sum(start[n] for n in names)
-    colour = HEAT[round(have / had * (len(HEAT) - 1))]
-    ink = "black" if have / had > 0.6 else "white"
+    share = min(1.0, have / had)  # a start that is subtracted takes ranks of its own
+    colour = HEAT[round(share * (len(HEAT) - 1))]
+    ink = "black" if share > 0.6 else "white"
     return Text(f" {have} ", style=f"{ink} on {colour}" if have else "dim")
 
 
 def _total(names: Sequence[str], start: Mapping[str, int], kept: Mapping[str, int]) -> str:
     return f"{sum(kept[n] for n in names)}/{sum(start[n] for n in names)}"
+
+
+def _bill(bill: Bill) -> tuple[str, str, str]:
+    return size(bill.storage / 8), f"{bill.share:.1%}", f"{bill.share_with_base:.1%}"
+
+
+def _told(value: Any) -> str:
+    """A variant's own number, or a small table: `2:14 8:3`."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}:{_told(inner)}" for key, inner in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _duration(seconds: float) -> str:

@@ -28,9 +28,13 @@ class NotLowRankError(LorakitError):
     """A layer's update is no plain pair of small matrices; the message says why."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence naming the known word closest to `name`; empty where none is close."""
-    near = get_close_matches(name, list(known), n=1)
+class NotCodedError(LorakitError):
+    """A layer has no integer codes to pack."""
+
+
+def nearest(name: str, known: Iterable[str], close: float = 0.6) -> str:
+    """A sentence naming the known word closest to `name`; empty where none is so `close` (to 1)."""
+    near = get_close_matches(name, list(known), n=1, cutoff=close)
     return f" Nearest: {near[0]!r}." if near else ""
 
 

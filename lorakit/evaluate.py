@@ -78,7 +78,8 @@ def check_fit(trained: Trained, task: Task, name: str) -> None:
     ours, theirs = trained.head.labels, task.head().labels
     unnamed = all(label == f"LABEL_{i}" for i, label in enumerate(ours))
     if len(ours) != len(theirs) or not (unnamed or ours == theirs):
+        noun = "label" if len(ours) == 1 else "labels"
         raise DataError(
-            f"{trained.path} was trained for {len(ours)} labels ({', '.join(ours)}); "
+            f"{trained.path} was trained for {len(ours)} {noun} ({', '.join(ours)}); "
             f"{name} has {len(theirs)} ({', '.join(theirs)}): its head cannot be scored on that."
         )

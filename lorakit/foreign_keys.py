@@ -20,7 +20,7 @@ HERE = {
         "data.text": "text_column text_column_name sentence_column",
         "data.label": "label_column label_column_name target_column",
         "adapter.variant": "adapter finetuning_type tuner_type peft_type method",
-        "adapter.rank": "r lora_r lora_rank lora_dim dim peft_r",
+        "adapter.rank": "r lora_r lora_rank lora_dim dim peft_r init_r",
         "adapter.alpha": "lora_alpha",
         "adapter.dropout": "lora_dropout",
         "adapter.targets": "target_modules lora_target lora_target_modules lora_target_linear "
@@ -32,6 +32,11 @@ HERE = {
         "adapter.init_from": "lora_model_dir adapter_name_or_path",
         "adapter.rslora": "use_rslora peft_use_rslora",
         "adapter.lr_ratio": "loraplus_lr_ratio loraplus_ratio lora_plus_ratio",
+        "adapter.budget.target": "target_r target_rank",
+        "adapter.budget.warmup": "tinit init_warmup",
+        "adapter.budget.final": "tfinal final_warmup",
+        "adapter.budget.interval": "deltaT mask_interval",
+        "adapter.orthogonality": "orth_reg_weight reg_orth_coef",
         "train.epochs": "num_train_epochs num_epochs n_epochs",
         "train.steps": "max_steps num_steps total_steps",
         "train.batch_size": "per_device_train_batch_size micro_batch_size local_batch_size "

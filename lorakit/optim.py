@@ -81,6 +81,20 @@ def rates(optimizer: Optimizer) -> Callable[[nn.Parameter], float]:
     return lambda p: float(group_of[id(p)]["lr"])
 
 
+def second_moments(optimizer: Optimizer) -> Callable[[nn.Parameter], Tensor]:
+    """A function that tells Adam's second moment of a parameter, v_hat = v / (1 - beta_2^t)."""
+    beta_2: float = optimizer.defaults["betas"][1]
+
+    def v_hat(p: nn.Parameter) -> Tensor:
+        state = optimizer.state.get(p)
+        if not state:  # it has had no gradient yet
+            return torch.zeros_like(p)
+        v: Tensor = state["exp_avg_sq"]
+        return v / (1 - beta_2 ** int(state["step"]))
+
+    return v_hat
+
+
 def compact(optimizer: Optimizer, shrunk: Iterable[Shrunk], kept: Tensor) -> None:
     """Puts the new parameters in the place of the old, with the moments of the ranks kept.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lorakit import checkpoint, models, tasks, variants
 from lorakit.adapter import Plan
 from lorakit.data.batching import steps_in_epoch
-from lorakit.errors import FolderError, RecipeError, nearest, several
+from lorakit.errors import FolderError, NotLowRankError, RecipeError, nearest, several
 from lorakit.inject import Layers, inject, plan, sites, trained_whole
 from lorakit.memory import Estimate, estimate
 from lorakit.prune import Pairs
@@ -99,7 +99,7 @@ def _learned(name: str, where: str) -> tuple[Pairs, dict[str, dict[str, Tensor]]
         raise RecipeError(f"{where}: {name!r}: there is nothing of that name.")
     try:
         return pairs_at(path)
-    except FolderError as error:
+    except (FolderError, NotLowRankError) as error:
         raise RecipeError(f"{where}: {error}") from error
 
 

@@ -170,8 +170,9 @@ def _controller(prepared: Prepared) -> Controller[Any, Any]:
 
 def _trainee(prepared: Prepared, engine: Engine) -> Trainee:
     model = prepared.base.model.to(engine.device)
+    controller = _controller(prepared)  # first: it may set rates by the run's length
     optimizer = optim.adamw(model, prepared.layers, prepared.recipe.train)
-    return Trainee(model, prepared.layers, _controller(prepared), optimizer, Progress())
+    return Trainee(model, prepared.layers, controller, optimizer, Progress())
 
 
 def _make(folder: Path, recipe: Recipe, engine: Engine) -> None:

@@ -32,6 +32,11 @@ Row = dict[str, Any]
 Interval = PositiveInt | Annotated[str, Field(pattern=r"^[1-9]\d* epochs?$")] | None
 
 
+SAMPLE = 1000
+"""Training rows scored at the end of each stage: what the model remembers of what it has seen
+(sparsifying scheduler of SoRA, Algorithm 1; the number is that of its authors' code)."""
+
+
 class TrainSection(OptimSection):
     """How long, in what portions, and what is kept."""
 
@@ -176,10 +181,14 @@ def train(
     progress, controller, optimizer = trainee.progress, trainee.controller, trainee.optimizer
     model, stages = engine.prepare(trainee.model).train(), controller.stages()
     weights, rate = optim.parameters(optimizer), optim.rates(optimizer)
+    moment = optim.second_moments(optimizer)
     stream = task.steps(
         section.batch_size, section.accumulate * engine.processes, seed, start=progress.step
     )
-    speed = Speed()
+    speed, sample = Speed(), task.sample("train", SAMPLE)  # costs nothing until it is scored
+
+    def score(task: Task, split: str) -> dict[str, float]:
+        return evaluate(model, task, split, section.eval_batch_size, engine.device)
 
     while not finished(progress, section, timetable):
         started = perf_counter()
@@ -187,7 +196,7 @@ def train(
         place = place_of(step, stages)
         share = place.stage.rate * optim.factor(place.step, place.stage.steps, section)
         optim.set_rates(optimizer, share)
-        ctx = Step(step, timetable.steps, rate, place.number)
+        ctx = Step(step, timetable.steps, rate, place.number, moment)
 
         # the gradient: every batch adds its part of the mean over all items of the step
         batches = next(stream)
@@ -211,15 +220,16 @@ def train(
         speed.add(items, perf_counter() - started)
 
         # now and then, at the end of a stage, and at the end
-        if timetable.due(step, timetable.log_every):
+        stage_over, better = place.last and len(stages) > 1, False
+        if stage_over or timetable.due(step, timetable.log_every):
             told = {"step": step, "loss": progress.mean_loss(), "norm": norm}
             told |= {"lr": section.lr * share, "samples_per_s": speed.read()}
             ranks = {name: layer.rank() for name, layer in trainee.layers.items()}
             observer.log({**told, **controller.told(), "ranks": ranks})
-        better, stage_over = False, place.last and len(stages) > 1
         if stage_over or timetable.due(step, timetable.eval_every):
-            scores = evaluate(model, task, "validation", section.eval_batch_size, engine.device)
-            observer.log({"step": step, **scores})
+            scores = score(task, "validation")
+            known = {"stage": place.number, "train": score(sample, "train")} if stage_over else {}
+            observer.log({"step": step, **scores, **known})
             if controller.settled():
                 better = progress.judge(headline(scores, section.best))
         over = finished(progress, section, timetable)

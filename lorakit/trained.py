@@ -1,45 +1,28 @@
-"""A finished adapter, back in its base model: from a run, a checkpoint or a PEFT folder."""
+"""A finished adapter, back in its base model: from a run, a checkpoint, a PEFT or packed folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakit import checkpoint, models, peft_format, variants
+from lorakit import checkpoint, models, packed, peft_format, variants
 from lorakit import recipe as recipes
-from lorakit.adapter import Adapter, Factors, Plan, VariantConfig, thin
-from lorakit.errors import FolderError
+from lorakit.adapter import Adapter, Plan, VariantConfig
+from lorakit.base import is_linear, widths
+from lorakit.errors import FolderError, several
+from lorakit.finished import PackedLinear, PlainLinear
 from lorakit.inject import Layers, inject
 from lorakit.models import Head, ModelSection, Precision
+from lorakit.packed import PackedAdapter
 from lorakit.prune import Pairs, plain
 from lorakit.sections import Recipe
 
 CARD = "lorakit.json"
 """What a pruned folder says of where it came from."""
-
-
-@final
-class PlainLinear(Adapter):
-    """dW = B A, whatever learned it."""
-
-    A: Tensor
-    B: Tensor
-
-    def __init__(self, base: nn.Module, config: VariantConfig, plan: Plan) -> None:
-        super().__init__(base, config, plan)
-        assert plan.start is not None
-        self.register_buffer("A", plan.start.A)
-        self.register_buffer("B", plan.start.B)
-
-    def update(self, x: Tensor) -> Tensor:
-        return thin(x, self.A, self.B)
-
-    def factors(self) -> Factors:
-        return Factors(self.A, self.B)
 
 
 @dataclass(frozen=True)
@@ -76,14 +59,18 @@ def open_trained(
     """Loads what stands at `path`; `which` picks a run's checkpoint, `base` another base model.
 
     Raises:
-        FolderError: nothing of the three stands there, or it does not fit its base.
+        FolderError: nothing of the four stands there, or it does not fit its base.
         ModelError: the base model cannot be loaded.
 
     """
-    if peft_format.is_adapter(path):
-        if which is not None:
-            raise FolderError(f"{path} is a PEFT folder; --checkpoint chooses within a run.")
-        return _from_peft(path, precision, base)
+    for known, kind, opened in (
+        (peft_format.is_adapter, "PEFT", _from_peft),
+        (packed.is_packed, "packed", _from_packed),
+    ):
+        if known(path):
+            if which is not None:
+                raise FolderError(f"{path} is a {kind} folder; --checkpoint chooses within a run.")
+            return opened(path, precision, base)
     return _from_checkpoint(checkpoint.find(path, which), precision, base)
 
 
@@ -105,28 +92,66 @@ def with_pairs(
         FolderError: a name or a shape is not the base model's; all such are listed.
 
     """
+    shapes = {name: (len(pair.B), pair.A.shape[1]) for name, pair in pairs.items()}
+    _refuse_misfits(base, shapes, whole, origin)
+    plans = {name: Plan(pair.rank, 1.0, pair) for name, pair in pairs.items() if pair.rank}
+    return _injected(base, plans, PlainLinear, whole, origin)
+
+
+def with_codes(base: models.Base, adapter: PackedAdapter, origin: Path) -> Layers:
+    """Puts coded pairs and whole modules into a fresh base model, in place.
+
+    Raises:
+        FolderError: a name or a shape is not the base model's; all such are listed.
+
+    """
+    pairs = adapter.pairs
+    shapes = {name: (len(pair.B.codes), pair.A.codes.shape[1]) for name, pair in pairs.items()}
+    _refuse_misfits(base, shapes, adapter.whole, origin)
+    plans = {name: Plan(adapter.start[name], pair.scale) for name, pair in pairs.items()}
+    by_linear = {base.model.get_submodule(name): pair for name, pair in pairs.items()}
+
+    def layer(linear: nn.Module, config: VariantConfig, plan: Plan) -> Adapter:
+        return PackedLinear(linear, config, plan, by_linear[linear])
+
+    return _injected(base, plans, layer, adapter.whole, origin)
+
+
+def _refuse_misfits(
+    base: models.Base,
+    shapes: Mapping[str, tuple[int, int]],
+    whole: Mapping[str, Any],
+    origin: Path,
+) -> None:
+    """Raises FolderError with each name and shape (m, n) that is not the base model's."""
     modules = dict(base.model.named_modules())
     faults = [
-        f"{name}: no such module in the base" for name in (*pairs, *whole) if name not in modules
+        f"{name}: no such module in the base" for name in (*shapes, *whole) if name not in modules
     ]
-    plans = {name: Plan(pair.rank, 1.0, pair) for name, pair in pairs.items() if pair.rank}
-    config = VariantConfig(variant="plain")
-    if faults:
-        raise FolderError("\n  ".join([f"{origin} does not fit the base model:", *faults]))
-    for name, state in whole.items():
-        own = modules[name].state_dict()
-        named = {f"{name}.{key}": value for key, value in state.items()}
-        checkpoint.copy_into({f"{name}.{key}": p for key, p in own.items()}, named, origin)
-    layers = inject(base.model, plans, PlainLinear, config, tuple(whole), tuple(whole))
-    for name, layer in layers.items():
-        found, given = (layer.m, layer.n), (pairs[name].B.shape[0], pairs[name].A.shape[1])
-        if found != given:
+    for name in [name for name in shapes if name in modules]:
+        if not is_linear(modules[name]):
+            faults.append(f"{name}: no linear in the base")
+        elif (found := widths(modules[name])[::-1]) != (given := shapes[name]):
             faults.append(
                 f"{name}: the pair is {given[0]} x {given[1]}, the base {found[0]} x {found[1]}"
             )
     if faults:
-        raise FolderError("\n  ".join([f"{origin} does not fit the base model:", *faults]))
-    return layers
+        raise FolderError(several(f"{origin} does not fit the base model", faults))
+
+
+def _injected(
+    base: models.Base,
+    plans: Mapping[str, Plan],
+    layer: Callable[[nn.Module, Any, Plan], Adapter],
+    whole: Mapping[str, Mapping[str, Tensor]],
+    origin: Path,
+) -> Layers:
+    for name, state in whole.items():
+        own = base.model.get_submodule(name).state_dict()
+        named = {f"{name}.{key}": value for key, value in state.items()}
+        checkpoint.copy_into({f"{name}.{key}": p for key, p in own.items()}, named, origin)
+    config = VariantConfig(variant="plain")
+    return inject(base.model, plans, layer, config, tuple(whole), tuple(whole))
 
 
 def newest_run(folder: Path) -> Path:
@@ -147,7 +172,7 @@ def _from_checkpoint(folder: Path, precision: Precision, other_base: str | None)
     section = _section(recipe.model, precision, other_base)
     head = Head(meta.labels)
     base = models.load(section, head, recipe.seed)
-    plans = {name: Plan(rank, scale) for name, (rank, scale) in meta.plans.items()}
+    plans = {name: Plan(rank, scale, fresh=False) for name, (rank, scale) in meta.plans.items()}
     variant = variants.get(recipe.adapter.variant)
     layers = inject(base.model, plans, variant.layer, recipe.adapter, meta.whole, meta.head)
     whole = {name: base.model.get_submodule(name) for name in meta.whole}
@@ -172,7 +197,7 @@ def _from_checkpoint(folder: Path, precision: Precision, other_base: str | None)
 
 def _from_peft(folder: Path, precision: Precision, other_base: str | None) -> Trained:
     adapter = peft_format.read(folder)
-    card = json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else None
+    card = _card(folder)
     recipe = recipes.restore(folder) if (folder / "recipe.yaml").is_file() else None
     named = recipe.model if recipe else ModelSection(name=adapter.base_model)
     if not named.name and other_base is None:
@@ -197,6 +222,44 @@ def _from_peft(folder: Path, precision: Precision, other_base: str | None) -> Tr
         precision=card["precision"] if card else None,
         card=card,
     )
+
+
+def _from_packed(folder: Path, precision: Precision, other_base: str | None) -> Trained:
+    adapter, card = packed.read(folder), _card(folder)
+    section = _section(
+        ModelSection(name=adapter.base_model, revision=adapter.revision), precision, other_base
+    )
+    head = Head(adapter.labels, adapter.task_type)
+    base = models.load(section, head, seed=0)
+    layers = with_codes(base, adapter, folder)
+    return Trained(
+        path=folder,
+        model=base.model.eval(),
+        tokenizer=base.tokenizer,
+        layers=layers,
+        whole={name: base.model.get_submodule(name) for name in adapter.whole},
+        head=head,
+        base=section,
+        recipe=recipes.restore(folder) if (folder / "recipe.yaml").is_file() else None,
+        start=adapter.start,
+        size=packed.size(folder),
+        scores=card["scores"] if card else {},
+        step=card["step"] if card else None,
+        precision=card["precision"] if card else None,
+        card=card,
+    )
+
+
+def _card(folder: Path) -> dict[str, Any] | None:
+    """lorakit.json of a pruned folder, null where there is none."""
+    path = folder / CARD
+    if not path.is_file():
+        return None
+    try:
+        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FolderError(f"{path} cannot be read: {error}.") from error
+    return card
 
 
 def _section(section: ModelSection, precision: Precision, other: str | None) -> ModelSection:

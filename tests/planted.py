@@ -71,6 +71,9 @@ class Planted:
     def limited(self, split: str, limit: int | None) -> Planted:
         return self
 
+    def sample(self, split: str, count: int) -> Planted:
+        return self
+
     def rows(self, split: str) -> int:
         return len(self.x) // 2
 

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import MINILM, Answer
 
+from lorakit import variants
+
+VARIANTS = ", ".join(variants.names())
+
 Lorakit = Callable[..., Answer]
 
 
@@ -107,7 +111,7 @@ def test_a_folder_that_is_no_run(refused: Callable[..., str], recipe: Path) -> N
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("adapter.variant=sorra", ["no variant 'sorra'. Nearest: 'sora'. Known: lora, sora."]),
+        ("adapter.variant=sorra", [f"no variant 'sorra'. Nearest: 'sora'. Known: {VARIANTS}."]),
         ("task.name=glue/sst", ["no task 'glue/sst'. Nearest: 'glue/sst2'."]),
         ("adapter.rank=0", ["adapter.rank: 0: expected a number above 0."]),
         ("trian.lr=1", ["trian: no such key. Nearest: 'train'."]),
@@ -436,7 +440,8 @@ def test_no_runs_yet(refused: Callable[..., str], recipe: Path) -> None:
         (("--split", "valdation"), "no split 'valdation'. Nearest: 'validation'. Here: train, "),
         (
             ("--task", "glue/sst"),
-            "--task: 'glue/sst': expected glue/sst2 or classification. Nearest: 'glue/sst2'.",
+            "--task: 'glue/sst': expected glue/cola, glue/sst2, glue/mrpc, glue/qqp, glue/stsb, "
+            "glue/mnli, glue/qnli, glue/rte, glue/wnli or classification. Nearest: 'glue/sst2'.",
         ),
         (("--precision", "fp8"), "--precision: 'fp8': expected auto, fp32 or bf16."),
         (("--output-path", "no/x.json"), "--output-path: no/x.json: expected a file in a folder "),

@@ -1,5 +1,7 @@
 """What the loop promises, seen by spies."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +11,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lorakit import optim
-from lorakit.adapter import Controller, Kept, Step
+from lorakit.adapter import Controller, Kept, Stage, Step
 from lorakit.data.batching import Batch
-from lorakit.errors import DataError
-from lorakit.train import Timetable, headline
-from lorakit.variants.lora import LoRAConfig
+from lorakit.errors import DataError, LorakitError
+from lorakit.train import Timetable, Trainee, headline
+from lorakit.variants import lora
+from lorakit.variants.lora import LoRAConfig, LoRALinear
 
 LORA = LoRAConfig(variant="lora", rank=4, alpha=8.0)
 
@@ -195,6 +198,178 @@ def test_scoring_leaves_the_model_in_training() -> None:
     trainee = pupil(LORA, settings)
     taught(trainee, settings)
     assert trainee.model.training
+
+
+# what a variant may ask of the loop
+
+
+def under(controller: type[Controller[Any, Any]], settings: Any) -> Trainee:
+    """A pupil whose controller is of that kind."""
+    trainee = pupil(LORA, settings)
+    return replace(trainee, controller=controller(trainee.layers, LORA, settings.steps))
+
+
+class Staged(Controller[Any, Any]):
+    """Three stages, the last of which freezes the weights."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.seen: list[tuple[int, float]] = []
+
+    def stages(self) -> tuple[Stage, ...]:
+        return Stage(20), Stage(10, 0.5), Stage(10, 0.0)
+
+    def after_step(self, ctx: Step) -> Kept:
+        self.seen.append((ctx.stage, ctx.rate(self.layers["up"].B)))
+        return {}
+
+
+def test_every_stage_has_a_warm_up_and_a_decay_of_its_own() -> None:
+    settings = section(steps=40, warmup=0.2, lr=1e-2)
+    trainee = under(Staged, settings)
+    taught(trainee, settings)
+    long, short = (
+        [optim.factor(step, steps, settings) for step in range(1, steps + 1)] for steps in (20, 10)
+    )
+    want = [*long, *(0.5 * share for share in short), *[0.0] * 10]
+    assert [stage for stage, _ in trainee.controller.seen] == [0] * 20 + [1] * 10 + [2] * 10
+    assert [rate for _, rate in trainee.controller.seen] == pytest.approx([1e-2 * f for f in want])
+
+
+def test_every_stage_ends_with_a_score_and_a_checkpoint() -> None:
+    settings = section(steps=40, eval_every=None, save_every=None, log_every=100)
+    notes = taught(under(Staged, settings), settings)
+    scored = [row for row in notes.rows if "ranks" not in row]
+    assert [row["step"] for row in scored] == [20, 30, 40]
+    assert notes.saved == [20, 30, 40]
+    assert scored[1]["loss"] == scored[2]["loss"]  # nothing moved at rate 0
+
+
+def test_a_run_of_one_stage_is_scored_and_saved_as_the_recipe_says() -> None:
+    settings = section(steps=12, eval_every=5, save_every=6)
+    notes = taught(pupil(LORA, settings), settings)
+    assert [row["step"] for row in notes.rows if "ranks" not in row] == [5, 10, 12]
+    assert {6, 12} <= set(notes.saved)
+
+
+class Weighed(Controller[Any, Any]):
+    """Looks at the gradients of B as they come, and adds `weight` times its sum to the loss."""
+
+    weight = 0.0
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.gradients: list[Tensor] = []
+
+    def penalty(self) -> Tensor | None:
+        return self.weight * self.layers["up"].B.sum() + 5.0 if self.weight else None
+
+    def before_step(self, ctx: Step) -> None:
+        self.gradients.append(self.layers["up"].B.grad.clone())
+
+
+class Penalised(Weighed):
+    weight = 7.0
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(16, 1), (4, 4)])
+def test_a_penalty_is_added_once_a_step_and_is_no_part_of_the_loss_that_is_told(
+    batch_size: int, accumulate: int
+) -> None:
+    settings = section(steps=1, batch_size=batch_size, accumulate=accumulate, log_every=1)
+    gradients, losses = [], []
+    for kind in (Weighed, Penalised):
+        torch.manual_seed(0)
+        trainee = under(kind, settings)
+        losses.append(taught(trainee, settings).rows[0]["loss"])
+        gradients += trainee.controller.gradients
+    assert losses[0] == losses[1]
+    assert_close(gradients[1] - gradients[0], torch.full_like(gradients[0], 7.0))
+
+
+def test_before_the_step_gradients_are_not_clipped_yet() -> None:
+    settings = section(steps=1, clip=1e-3, log_every=1)
+    norms = {}
+
+    class Looks(Controller[Any, Any]):
+        def before_step(self, ctx: Step) -> None:
+            norms["before"] = self.norm()
+
+        def after_step(self, ctx: Step) -> Kept:
+            norms["after"] = self.norm()
+            return {}
+
+        def norm(self) -> float:
+            layers = self.layers.values()
+            gradients = [p.grad for layer in layers for p in (layer.A, layer.B)]
+            return float(torch.cat([g.flatten() for g in gradients]).norm())
+
+    row = taught(under(Looks, settings), settings).rows[0]
+    assert norms["before"] == pytest.approx(row["norm"])
+    assert norms["after"] == pytest.approx(1e-3, rel=1e-3)
+
+
+class Compacts(Controller[Any, Any]):
+    """Gives up ranks 0 and 2 of a layer at step 5, and reads rates to the end."""
+
+    def after_step(self, ctx: Step) -> Kept:
+        assert ctx.rate(self.layers["up"].B) > 0
+        return {"up": torch.tensor([1, 3])} if ctx.step == 5 else {}
+
+
+def test_ranks_that_are_dead_change_no_step_whether_they_are_compacted_away_or_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So the moments of those that stay went with them, and the optimizer moves the new ones."""
+    monkeypatch.setattr(LoRALinear, "ranked", {"A": 0, "B": 1})
+    settings = section(steps=20, log_every=1)
+    ended, losses = [], []
+    for kind in (Controller, Compacts):
+        torch.manual_seed(0)
+        trainee = under(kind, settings)
+        with torch.no_grad():  # a row of A and a column of B that are 0 have no gradient
+            trainee.layers["up"].A[[0, 2]] = 0.0
+        notes = taught(trainee, settings)
+        losses.append([row["loss"] for row in notes.rows if "ranks" in row])
+        ended.append(trainee)
+    assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+    whole, small = (trainee.layers["up"] for trainee in ended)
+    assert small.A.shape == (2, 16)
+    assert small.B.shape == (48, 2)
+    assert_close(small.A, whole.A[[1, 3]])
+    assert_close(small.delta(), whole.delta())
+    assert {id(p) for p in optim.parameters(ended[1].optimizer)} == {
+        id(p) for p in ended[1].model.parameters() if p.requires_grad
+    }
+
+
+class Warns(Controller[Any, Any]):
+    def ended(self) -> tuple[str, ...]:
+        return ("no gate has moved",)
+
+
+class Fails(Controller[Any, Any]):
+    def ended(self) -> tuple[str, ...]:
+        raise LorakitError("no rank has moved; a longer run may help")
+
+
+def test_what_a_variant_says_at_the_end_reaches_the_screen(
+    recipe: Path, lorakit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "VARIANT", lora.VARIANT._replace(controller=Warns))
+    answer = lorakit("train", recipe)
+    assert answer.code == 0
+    assert "WARNING: no gate has moved" in answer.err
+
+
+def test_a_run_that_did_not_do_what_was_asked_fails_and_keeps_its_checkpoints(
+    recipe: Path, lorakit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "VARIANT", lora.VARIANT._replace(controller=Fails))
+    answer = lorakit("train", recipe)
+    assert answer.code == 2
+    assert "no rank has moved; a longer run may help" in answer.err
+    assert (recipe.parent / "runs/tiny/checkpoints/step-000006").is_dir()
 
 
 # learning rates

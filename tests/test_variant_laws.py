@@ -5,6 +5,7 @@ A law is asked of a variant that promises it; `test_promises_are_as_written_here
 
 import json
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 
 import peft
@@ -19,16 +20,26 @@ from torch.testing import assert_close
 
 from lorakit import models, peft_format, variants
 from lorakit.adapter import Adapter, Plan, Promises, VariantConfig
+from lorakit.errors import NotLowRankError
 from lorakit.models import Base, Head, ModelSection
 from lorakit.peft_format import PeftAdapter
 from lorakit.prune import plain
+from lorakit.train import compact
 
 SHORT = {"sora": {"sparsity": {"lambda": 3.0, "gate_lr": 0.1}}}
 """Settings that make something happen within a few steps."""
 
+SETTINGS = {"lr", "lr_scale", "weight_decay"}
+"""What a layer may set for a parameter of its own."""
+
 PROMISES = {
+    "adalora": Promises(exact_start=True, low_rank=True, exchangeable_ranks=True),
+    "blora": Promises(exact_start=True, low_rank=True, exchangeable_ranks=False),
+    "dora": Promises(exact_start=True, low_rank=False, exchangeable_ranks=True),
     "lora": Promises(exact_start=True, low_rank=True, exchangeable_ranks=True),
     "sora": Promises(exact_start=True, low_rank=True, exchangeable_ranks=True),
+    "olora": Promises(exact_start=True, low_rank=True, pair_ranks=2, exchangeable_ranks=True),
+    "pissa": Promises(exact_start=True, low_rank=True, pair_ranks=2, exchangeable_ranks=True),
 }
 
 
@@ -65,6 +76,33 @@ def scramble(layers: Iterable[Adapter]) -> None:
             p.add_(0.3 * torch.randn_like(p))
             if p.shape == (layer.r,):
                 p[::2] = 0.0
+
+
+@torch.no_grad()
+def added(layer: Adapter, x: Tensor) -> Tensor:
+    """What a layer's output is beyond its base's, in evaluation."""
+    layer.eval()
+    return layer(x) - layer.base(x)
+
+
+def rewrite(recipe: Path, **sections: object) -> None:
+    """Replaces whole sections of a recipe."""
+    given = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**given, **sections}))
+
+
+def trained(layer: Adapter) -> list[str]:
+    """The parameters with a slice for each rank."""
+    return [name for name in layer.ranked if isinstance(getattr(layer, name), nn.Parameter)]
+
+
+def live_ranks(layer: Adapter) -> Tensor:
+    """Ranks without which the layer's update is another, in ascending order."""
+    whole, ranks = layer.delta(), torch.arange(layer.r)
+    without = [deepcopy(layer) for _ in ranks]
+    for i, other in enumerate(without):
+        other.compact(ranks[ranks != i])
+    return ranks[[not torch.allclose(other.delta(), whole, atol=1e-6) for other in without]]
 
 
 @torch.no_grad()
@@ -140,26 +178,49 @@ def test_adapters_are_float32_over_a_bfloat16_base_and_answer_in_bfloat16(
     assert model(torch.randn(4, 16).bfloat16()).dtype == torch.bfloat16
 
 
-def test_delta_is_the_update_in_evaluation(layers: dict[str, Adapter]) -> None:
+def test_delta_is_what_a_layer_adds_to_its_base_in_evaluation(layers: dict[str, Adapter]) -> None:
+    """By whichever of `base_output`, `update` and `finish`."""
     scramble(layers.values())
     for layer in layers.values():
-        layer.eval()
-        x = torch.randn(3, 5, layer.n)
-        assert_close(x @ layer.delta().T, layer.update(x), rtol=1e-4, atol=1e-5)
+        x, delta = torch.randn(3, 5, layer.n), layer.delta()
+        assert_close(x @ delta.T, added(layer, x), rtol=1e-4, atol=2e-5)
+        assert delta.shape == (layer.m, layer.n)
+        assert delta.dtype == torch.float32
+        assert not delta.requires_grad
 
 
-def test_factors_are_the_update_in_evaluation(
+def test_factors_are_what_a_layer_adds_to_its_base_in_evaluation(
     layers: dict[str, Adapter], config: VariantConfig
 ) -> None:
     promises(config, "low_rank")
     scramble(layers.values())
     for layer in layers.values():
-        layer.eval()
-        x = torch.randn(3, 5, layer.n)
-        A, B = layer.factors()
-        assert_close(x @ A.T @ B.T, layer.update(x), rtol=1e-4, atol=1e-5)
+        x, (A, B) = torch.randn(3, 5, layer.n), layer.factors()
+        assert_close(x @ A.T @ B.T, added(layer, x), rtol=1e-4, atol=2e-5)
         assert not A.requires_grad
         assert not B.requires_grad
+
+
+def test_what_is_no_low_rank_says_so_and_is_still_scored(
+    recipe: Path, lorakit, config: VariantConfig
+) -> None:
+    """`prune`, and a run that would start from it, are refused with the layer's own reason."""
+    if variants.get(config.variant).promises.low_rank:
+        pytest.skip(f"{config.variant} is low-rank")
+    with pytest.raises(NotLowRankError) as reason:
+        injected(net(), config)["up"].factors()
+    rewrite(recipe, adapter={"variant": config.variant, "rank": 4})
+    assert lorakit("train", recipe, "--dry-run").code == 0
+    assert lorakit("train", recipe).code == 0
+    assert lorakit("eval", "runs/tiny").code == 0
+    pruned = lorakit("prune", "runs/tiny")
+    assert (pruned.code, Path("runs/tiny/pruned").exists()) == (2, False)
+    assert str(reason.value) in pruned.err
+
+    rewrite(recipe, adapter={"variant": "lora", "init_from": "runs/tiny"}, output_dir="runs/next")
+    started = lorakit("train", recipe)
+    assert (started.code, Path("runs/next").exists()) == (2, False)
+    assert f"adapter.init_from: {reason.value}" in started.err
 
 
 def test_the_live_rank_is_the_rank_of_the_factors(
@@ -189,6 +250,81 @@ def test_looking_changes_nothing(layers: dict[str, Adapter]) -> None:
         layer.rank()
     assert torch.equal(torch.get_rng_state(), random)
     assert_close({n: layer.own_state() for n, layer in layers.items()}, before, rtol=0, atol=0)
+
+
+def test_settings_of_the_optimizer_name_parameters_of_the_layer(layers: dict[str, Adapter]) -> None:
+    for layer in layers.values():
+        own = {name for name, _ in layer.named_parameters() if not name.startswith("base.")}
+        assert set(layer.optim()) <= own
+        assert {key for given in layer.optim().values() for key in given} <= SETTINGS
+
+
+@pytest.mark.parametrize("steps", [40, 101, 1000])
+def test_stages_add_up_to_the_run(config: VariantConfig, steps: int) -> None:
+    stages = pupil(config, section(steps=steps)).controller.stages()
+    assert sum(stage.steps for stage in stages) == steps
+    assert all(stage.steps > 0 and stage.rate >= 0 for stage in stages)
+
+
+def test_a_penalty_is_a_finite_number_with_finite_gradients_at_the_start(
+    config: VariantConfig,
+) -> None:
+    trainee = pupil(config, section())
+    penalty = trainee.controller.penalty()
+    if penalty is None:
+        pytest.skip(f"{config.variant} adds nothing to the loss")
+    assert penalty.shape == ()
+    assert penalty.isfinite()
+    if penalty.requires_grad:
+        penalty.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trainee.model.parameters())
+
+
+def test_what_is_told_is_json_and_hides_no_number_of_the_loop(config: VariantConfig) -> None:
+    settings = section(steps=40)
+    trainee = pupil(config, settings)
+    for _ in range(2):  # before the run and after it
+        told = trainee.controller.told()
+        assert json.loads(json.dumps(told, allow_nan=False)) == told
+        assert not set(told) & {"step", "loss", "norm", "lr", "samples_per_s", "ranks"}
+        taught(trainee, settings)
+
+
+def test_compacting_away_dead_ranks_changes_nothing(config: VariantConfig) -> None:
+    """The moments of the ranks that stay follow, and the optimizer forgets the others."""
+    settings = section(steps=3)
+    trainee = pupil(config, settings)
+    if not all(layer.ranked for layer in trainee.layers.values()):
+        pytest.skip(f"{config.variant} has no ranks to compact")
+    taught(trainee, settings)
+    scramble(trainee.layers.values())
+    for name, layer in trainee.layers.items():
+        x, kept = torch.randn(3, layer.n), live_ranks(layer)
+        before, rank, delta = added(layer, x), layer.rank(), layer.delta()
+        moments = {key: trainee.optimizer.state[getattr(layer, key)] for key in trained(layer)}
+        compact(trainee, {name: kept})
+        assert layer.r == 4
+        assert layer.rank() == rank == len(kept)
+        assert_close(added(layer, x), before, rtol=1e-5, atol=1e-5)
+        assert_close(layer.delta(), delta, rtol=1e-5, atol=1e-6)
+        for key, old in moments.items():
+            new = trainee.optimizer.state[getattr(layer, key)]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                want = old[moment].index_select(layer.ranked[key], kept)
+                assert torch.equal(new[moment], want)
+    held = {id(p) for group in trainee.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in trainee.model.parameters() if p.requires_grad}
+
+
+def test_ranked_names_every_tensor_with_a_slice_for_each_rank(layers: dict[str, Adapter]) -> None:
+    """Or none: what is left out would keep its old size while the others shrink."""
+    for layer in layers.values():
+        axes = {
+            name: value.shape.index(layer.r)
+            for name, value in layer.own_state().items()
+            if layer.r in value.shape
+        }
+        assert layer.ranked in ({}, axes)
 
 
 def test_it_learns_a_planted_task(config: VariantConfig) -> None:
@@ -224,6 +360,7 @@ def test_pruned_and_loaded_by_peft_it_is_the_same_model(
     with torch.no_grad():
         for p in own_parameters(layers[names[0]]):  # the first module dies, whatever the variant
             p.zero_()
+        layers[names[0]].scale = 0.0  # and where a start is subtracted, that too
         head = base.model.get_submodule("classifier")
         for p in head.parameters():
             p.add_(torch.randn_like(p))

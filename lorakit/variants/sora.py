@@ -7,33 +7,30 @@
 A gate that lands on exactly 0 takes one row of A and one column of B with it and changes nothing
 else, so r is a ceiling and the live rank k is learned. A, B and g are moved by the optimizer
 itself; only T is ours. eta_t is the rate of the gates' own group at that step, and gates have no
-weight decay. A dead gate still has a gradient, so it may come back.
+weight decay. A dead gate still has a gradient, so it may come back, unless `revive` is false.
 
 The optimizer is Adam, which divides each gate's gradient by its size: a steady gradient moves a
 gate by eta_t however weak it is, and T takes eta_t lambda back. So lambda here is not the
 objective's lambda: a gate dies while its gradient is less steady than lambda asks for, and above
 1 only a gate whose moment estimates outrun Adam's own bound can grow. What decides is how long
-T is at work: a gate at 1 without gradient needs a sum of eta_t lambda of 1 to die.
+T is at work: a gate at 1 without gradient needs a sum of eta_t lambda of 1 to die. With `metric:
+adam` T is the proximal map in Adam's own metric, xi_t = eta_t lambda / (sqrt(v_hat) + eps), and
+lambda is the objective's.
+
+A sparsifying scheduler (Algorithm 1) gives each xi of a growing list a stage of its own.
+
+With `keep`, xi is found instead of given: see `GatesToTarget`.
 
 Departs from the authors' code, which applies T by three masked edits in place and so sends all of
 xi < |u| < 2 xi to 0 as well; whose threshold is a constant (`xi` here) that does not follow the
-rate; and which puts an L1 term into the loss besides. Its gates start normal, ours at 1, as LoRA.
+rate; and which puts an L1 term into the loss besides: `mode: reference` does as it does. Its gates
+start normal, ours at 1, as LoRA. Its stages but the first run at rate 0 (`retrain: false`).
 """
 
-from collections.abc import Mapping
-from math import exp, log
-from typing import Any, Literal, final
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, final
 
 import torch
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
 from torch import Tensor, nn
 
 from lorakit.adapter import (
@@ -42,89 +39,23 @@ from lorakit.adapter import (
     Factors,
     Kept,
     Plan,
+    Stage,
     Step,
     Variant,
     VariantConfig,
     plain_parameters,
     thin,
 )
-from lorakit.schema import Section
+from lorakit.errors import RecipeError
+from lorakit.sparsity import Sparsity
+from lorakit.target import Target
 
-Schedule = Literal["constant", "linear", "log-linear", "exp-linear"]
-
-
-class Sparsity(Section):
-    """How hard gates are pushed towards 0."""
-
-    lam: NonNegativeFloat | None = Field(2.0, alias="lambda")
-    """The threshold is xi_t = eta_t lambda, with eta_t the gates' rate at step t; 0 leaves a gated
-    LoRA. Under Adam a different scale from the objective's lambda: docs/methods.md."""
-    xi: NonNegativeFloat | None = Field(None, validate_default=True)
-    """A constant threshold for each step, whatever the rate; instead of `lambda`."""
-    gate_lr: PositiveFloat = 1e-2
-    """The gates' peak learning rate; it follows the run's schedule."""
-    gate_init: Literal["ones", "normal"] = "ones"
-    """Gates start at 1, so that SoRA starts as LoRA, or as standard normals, as the authors' do."""
-    schedule: Schedule = "constant"
-    """How `lambda` or `xi` grows from `start` over the run: at once, or in `levels` equal stages of
-    equal steps, of equal steps of its exponential (log-linear), or of equal ratios (exp-linear)."""
-    start: NonNegativeFloat = Field(0.0, validate_default=True)
-    """Where a growing schedule begins; above 0 for exp-linear."""
-    levels: PositiveInt = 7
-    """How many values a growing schedule takes, both ends among them."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _xi_replaces_lambda(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and given.get("xi") is not None and "lambda" not in given:
-            return {**given, "lambda": None}
-        return given
-
-    @field_validator("xi")
-    @classmethod
-    def _one_strength(cls, xi: float | None, others: ValidationInfo) -> float | None:
-        if "lam" in others.data and (others.data["lam"] is None) == (xi is None):
-            raise ValueError("give `lambda` or `xi`, one of them")
-        return xi
-
-    @field_validator("start")
-    @classmethod
-    def _below_the_end(cls, start: float, others: ValidationInfo) -> float:
-        schedule, given = others.data.get("schedule"), (others.data.get(k) for k in ("lam", "xi"))
-        end = next((value for value in given if value is not None), None)
-        if schedule == "exp-linear" and start == 0:
-            raise ValueError("exp-linear grows by a ratio, so `start` must be above 0")
-        if schedule != "constant" and end is not None and start > end:
-            raise ValueError(f"start ({start:g}) is above the end ({end:g})")
-        return start
-
-    @field_validator("levels")
-    @classmethod
-    def _enough_to_grow(cls, levels: int, others: ValidationInfo) -> int:
-        if others.data.get("schedule") != "constant" and levels < 2:
-            raise ValueError("a growing schedule takes at least 2 levels")
-        return levels
-
-    @property
-    def strength(self) -> float:
-        """The end value of whichever of `lambda` and `xi` is given."""
-        value = self.lam if self.xi is None else self.xi
-        assert value is not None
-        return value
-
-    def values(self) -> list[float]:
-        """The schedule's values in order, the last of them `strength` (Algorithm 1's xi list)."""
-        a, b, count = self.start, self.strength, self.levels
-        if self.schedule == "constant":
-            return [b]
-        grid = [i / (count - 1) for i in range(count)]  # 0 to 1
-        match self.schedule:
-            case "linear":
-                return [a + (b - a) * u for u in grid]
-            case "log-linear":  # log((1 - u) e^a + u e^b), without overflow
-                return [a, *(b + log(u + (1 - u) * exp(a - b)) for u in grid[1:])]
-            case "exp-linear":
-                return [a * (b / a) ** u for u in grid]
+EPS = 1e-8
+"""Adam's, as `torch.optim.AdamW` has it."""
+FADE = 0.1
+"""With `keep`, the share of the run in which a gate that is to die is led to 0."""
+OUTGROWN = 0.25
+"""A layer is compacted once so much of it is dead: seldom, and never for a rank or two of many."""
 
 
 class SoRAConfig(VariantConfig):
@@ -134,14 +65,21 @@ class SoRAConfig(VariantConfig):
     sparsity: Sparsity = Sparsity()
 
 
-def soft_threshold(u: Tensor, xi: float) -> Tensor:
+def soft_threshold(u: Tensor, xi: Tensor | float) -> Tensor:
     """T_xi(u), the proximal map of xi |.|_1, element by element."""
     return u.sign() * (u.abs() - xi).clamp_min(0.0)
+
+
+def reference_threshold(u: Tensor, xi: Tensor | float) -> Tensor:
+    """The authors' in place of T: u - xi sign(u) where |u| is 2 xi or more, 0 below."""
+    return torch.where(u.abs() >= 2 * xi, u - xi * u.sign(), 0.0)
 
 
 @final
 class SoRALinear(Adapter):
     """dW = s B diag(g) A."""
+
+    ranked: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1, "g": 0}
 
     def __init__(self, base: nn.Module, config: SoRAConfig, plan: Plan) -> None:
         super().__init__(base, config, plan)
@@ -170,33 +108,99 @@ class ProximalGates(Controller[SoRALinear, SoRAConfig]):
 
     def __init__(self, layers: Mapping[str, SoRALinear], config: SoRAConfig, steps: int) -> None:
         super().__init__(layers, config, steps)
-        self.values = config.sparsity.values()
+        self.sparsity = config.sparsity
+        self.values, self.lengths = self.sparsity.values(), self.sparsity.lengths(steps)
+        self.gates = sum(layer.r for layer in layers.values())  # those of compacted ranks as well
+        self.operator = OPERATORS[self.sparsity.mode]
         self.live = self._live()
         self.step = self.moved = 0  # now, and the last step at which a gate died or came back
+        self.pushed = torch.zeros(())  # the mean threshold of this step
+
+    def stages(self) -> tuple[Stage, ...]:
+        behind = 1.0 if self.sparsity.retrain else 0.0
+        return tuple(Stage(n, behind if i else 1.0) for i, n in enumerate(self.lengths))
+
+    def penalty(self) -> Tensor | None:
+        """l1 times the mean of |g| over all gates, dead ones among them."""
+        if not self.sparsity.l1:
+            return None
+        return self.sparsity.l1 / self.gates * self._gates().abs().sum()
+
+    def before_step(self, ctx: Step) -> None:
+        """Takes the gradients of gates that stay dead out of the norm that is clipped."""
+        if not self.sparsity.revive:
+            for layer, live in self._by_layer(self.live):
+                if layer.g.grad is not None:
+                    layer.g.grad.mul_(live)
 
     @torch.no_grad()
     def after_step(self, ctx: Step) -> Kept:
-        value = self.values[(ctx.step - 1) * len(self.values) // ctx.steps]
-        for layer in self.layers.values():
-            xi = value * ctx.rate(layer.g) if self.config.sparsity.xi is None else value
-            layer.g.copy_(soft_threshold(layer.g, xi))
-        live, self.step = self._live(), ctx.step
+        if not self.sparsity.revive:
+            for layer, live in self._by_layer(self.live):
+                layer.g.mul_(live)  # the optimizer's momentum moves dead gates too
+        xi = self.thresholds(ctx)
+        for layer, own in self._by_layer(xi):
+            layer.g.copy_(self.operator(layer.g, own))
+        live, self.step, self.pushed = self._live(), ctx.step, xi.mean()
         if not torch.equal(live, self.live):
             self.live, self.moved = live, ctx.step
-        return {}
+        return self._outgrown() if self.sparsity.compact else {}
+
+    def thresholds(self, ctx: Step) -> Tensor:
+        """xi of every gate, over all layers."""
+        value, given = self.values[ctx.stage], self.sparsity
+        if given.xi is not None:
+            return torch.full_like(self._gates(), value)
+        xi = []
+        for layer in self.layers.values():
+            own = torch.full_like(layer.g, value * ctx.rate(layer.g))
+            if given.metric == "adam":
+                v_hat = ctx.moment(layer.g)
+                own = torch.where(v_hat >= given.floor, own / (v_hat.sqrt() + EPS), 0.0)
+            xi.append(own)
+        return torch.cat(xi)
 
     def settled(self) -> bool:
         """Gates have died, and for a tenth of the run none has died or come back.
 
         Before the first one dies ranks only seem at rest, unless nothing pushes them to 0.
         """
-        at_work = self.config.sparsity.strength > 0
+        at_work = self.sparsity.strength > 0
         quiet = self.step - self.moved >= max(1, self.steps // 10)
         return not at_work or (self.moved > 0 and quiet)
 
+    def told(self) -> Mapping[str, float]:
+        """The mean threshold, and the share of gates that live."""
+        share = float(self.live.sum()) / self.gates
+        return {"xi": float(f"{float(self.pushed):.3g}"), "live": round(share, 4)}
+
+    def ended(self) -> tuple[str, ...]:
+        if self.sparsity.strength == 0 or self.moved:
+            return ()
+        return ("no rank has died; push more (adapter.sparsity), or say how many: `keep`.",)
+
+    def _outgrown(self) -> Kept:
+        """The layers in which many ranks are dead, with those that live; they count as gone."""
+        kept, rows = {}, []
+        for name, live in zip(self.layers, self._split(self.live), strict=True):
+            if (~live).sum() >= max(1, OUTGROWN * len(live)):
+                kept[name] = live.nonzero().flatten()
+            rows.append(live[live] if name in kept else live)
+        self.live = torch.cat(rows)
+        return kept
+
+    def _gates(self) -> Tensor:
+        return torch.cat([layer.g for layer in self.layers.values()])
+
     def _live(self) -> Tensor:
         """Which gates are not 0, over all layers."""
-        return torch.cat([layer.g.detach() != 0 for layer in self.layers.values()])
+        return self._gates().detach() != 0
+
+    def _split(self, values: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(values, [len(layer.g) for layer in self.layers.values()])
+
+    def _by_layer(self, values: Tensor) -> Iterator[tuple[SoRALinear, Tensor]]:
+        return zip(self.layers.values(), self._split(values), strict=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"live": self.live, "steps": torch.tensor([self.step, self.moved])}
@@ -206,4 +210,65 @@ class ProximalGates(Controller[SoRALinear, SoRAConfig]):
         self.step, self.moved = state["steps"].tolist()
 
 
-VARIANT = Variant(SoRAConfig, SoRALinear, ProximalGates)
+class GatesToTarget(ProximalGates):
+    """Finds every gate's own xi, so that a share of the ranks is left, whatever the run's length.
+
+    The proximal step is that of the trimmed lasso, the l1 norm of all but the largest gates
+    (Bertsimas, Copenhaver and Mazumder 2017, arXiv:1708.04527): what is to stay is not shrunk. A
+    gate in line to die has xi = |u| / (d + 1), d the steps it has to go, and so comes to 0 evenly
+    where no gradient moves it. Then dead gates stay dead, and nothing pushes the others.
+
+    Gates start equal and Adam moves each by eta_t times the steadiness of its gradient, so |g| is
+    the sum of what the loss has asked for. |g| |A_i| |B_i|, the size of the update, and
+    |g| sqrt(v_hat), what the loss feels of it by Fisher's information, chose worse when tried.
+    """
+
+    def __init__(self, layers: Mapping[str, SoRALinear], config: SoRAConfig, steps: int) -> None:
+        super().__init__(layers, config, steps)
+        assert self.sparsity.keep is not None
+        cost = torch.cat([self._cost(layer).expand(layer.r) for layer in layers.values()])
+        self.target = Target.of(cost, self.sparsity.keep, steps)
+        self.met = 0  # the step at which it was
+        if self.target.first < 2:  # in the first, no gate has a gradient yet
+            raise RecipeError(
+                f"adapter.sparsity.keep: {self.sparsity.keep:g}: at most {self.target.at_most} of "
+                f"{self.gates} ranks may die in a step, and in the first three quarters of "
+                f"{steps} steps not so many can; train longer."
+            )
+
+    def thresholds(self, ctx: Step) -> Tensor:
+        u, xi = self._gates(), torch.zeros_like(self.live, dtype=torch.float32)
+        if self.met or ctx.step < self.target.first:
+            return xi
+        cost = torch.cat([self._cost(layer).expand(len(layer.g)) for layer in self.layers.values()])
+        live, size = self.live, u.abs()
+        due = self.target.due(size[live], cost[live], ctx.step)
+        xi[live] = torch.where(due < FADE * self.steps, size[live] / (due + 1), 0.0)
+        self.met = 0 if due.isfinite().any() else ctx.step
+        return xi
+
+    def settled(self) -> bool:
+        """The target is met: no gate will die any more."""
+        return self.met > 0
+
+    def _cost(self, layer: SoRALinear) -> Tensor:
+        """Of one rank, in the unit of the target."""
+        cost = 1 if self.sparsity.of == "ranks" else layer.n + layer.m
+        return torch.tensor([cost], dtype=torch.float64, device=layer.g.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**super().state_dict(), "met": torch.tensor(self.met)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self.met = int(state["met"])
+
+
+def controller(layers: Mapping[str, SoRALinear], config: SoRAConfig, steps: int) -> ProximalGates:
+    """One that pushes as told, or one that finds out how hard."""
+    kind = ProximalGates if config.sparsity.keep is None else GatesToTarget
+    return kind(layers, config, steps)
+
+
+OPERATORS = {"prox": soft_threshold, "reference": reference_threshold}
+VARIANT = Variant(SoRAConfig, SoRALinear, controller)

@@ -12,8 +12,11 @@ from torch.testing import assert_close
 
 from lorakit import optim
 from lorakit.adapter import Step
+from lorakit.errors import RecipeError
+from lorakit.sparsity import Sparsity
+from lorakit.train import place_of
 from lorakit.variants.lora import LoRAConfig
-from lorakit.variants.sora import ProximalGates, SoRAConfig, Sparsity, soft_threshold
+from lorakit.variants.sora import ProximalGates, SoRAConfig, soft_threshold
 
 
 def config(**sparsity: Any) -> SoRAConfig:
@@ -248,7 +251,7 @@ def test_schedules_grow_by_equal_steps_equal_exponentials_or_equal_ratios() -> N
         grown = {"lambda": 4.0, "levels": 3, "schedule": schedule, **given}
         return Sparsity.model_validate(grown).values()
 
-    assert values("constant") == [4.0]
+    assert Sparsity.model_validate({"lambda": 4.0}).values() == [4.0]
     assert values("linear") == pytest.approx([0.0, 2.0, 4.0])
     assert values("log-linear") == pytest.approx([0.0, log((1 + e**4) / 2), 4.0])
     assert values("exp-linear", start=1.0) == pytest.approx([1.0, 2.0, 4.0])
@@ -268,14 +271,84 @@ def test_a_large_log_linear_schedule_does_not_overflow() -> None:
     assert got == sorted(got)
 
 
-def test_a_growing_schedule_cuts_the_run_into_equal_stages() -> None:
-    layers, controller = gates(config(xi=0.2, schedule="linear", levels=3))
-    lost = []
-    for step in range(1, 10):
-        before = layers["up"].g.data.clone()
-        controller.after_step(at(step, rate=0.0, steps=9))
-        lost.append(round(float((before - layers["up"].g.data)[0]), 6))
-    assert lost == [0.0] * 3 + [0.1] * 3 + [0.2] * 3
+def lost(given: SoRAConfig, steps: int) -> list[float]:
+    """By how much each step pushes a gate that no gradient moves."""
+    layers = injected(net(), given)
+    controller = ProximalGates(layers, given, steps)
+    losses, gate = [], layers["up"].g.data
+    for step in range(1, steps + 1):
+        before, place = float(gate[0]), place_of(step, controller.stages())
+        controller.after_step(Step(step, steps, lambda _: 0.0, place.number))
+        losses.append(round(before - float(gate[0]), 6))
+    return losses
+
+
+def test_every_value_of_a_growing_schedule_has_a_stage_of_its_own() -> None:
+    given = config(xi=0.2, schedule="linear", levels=3)
+    assert lost(given, 9) == [0.0] * 3 + [0.1] * 3 + [0.2] * 3
+
+
+def test_the_dense_stage_is_the_schedules_own_zero_or_comes_before_it() -> None:
+    grown = {"xi": 0.2, "schedule": "linear", "levels": 3}
+    assert lost(config(**grown, dense=0.5), 8) == [0.0] * 4 + [0.1] * 2 + [0.2] * 2
+    assert lost(config(**grown, start=0.1, dense=0.4), 10) == pytest.approx(
+        [0.0] * 4 + [0.1] * 2 + [0.15] * 2 + [0.2] * 2
+    )
+    assert lost(config(xi=0.1, dense=0.5), 4) == [0.0] * 2 + [0.1] * 2
+    assert lost(config(xi=0.0, dense=0.5), 4) == [0.0] * 4
+
+
+def test_fifty_epochs_and_six_times_fifteen_are_the_authors_stages_for_rte() -> None:
+    """scripts of TsinghuaC3I/SoRA, in epochs; 15 is a constant of their code."""
+    given = config(xi=7e-4, schedule="linear", dense=50 / 140)
+    stages = ProximalGates(injected(net(), given), given, 140).stages()
+    assert [(stage.steps, stage.rate) for stage in stages] == [(50, 1.0)] + [(15, 1.0)] * 6
+
+
+@pytest.mark.parametrize("steps", [7, 8, 50, 999])
+@pytest.mark.parametrize("dense", [0.0, 0.01, 0.4, 0.99])
+def test_stages_add_up_to_the_run_and_none_is_empty(dense: float, steps: int) -> None:
+    given = config(xi=0.1, schedule="linear", levels=7, dense=dense)
+    lengths = [s.steps for s in ProximalGates(injected(net(), given), given, steps).stages()]
+    assert len(lengths) == 7
+    assert sum(lengths) == steps
+    assert min(lengths) >= 1
+    assert max(lengths[1:]) - min(lengths[1:]) <= 1
+
+
+def test_every_stage_warms_up_and_decays_by_itself() -> None:
+    settings = section(steps=30, warmup=0.2, log_every=1)
+    trainee = pupil(config(**{"lambda": 1.0, "schedule": "linear", "levels": 3}), settings)
+    rates = [row["lr"] for row in taught(trainee, settings).rows if "ranks" in row]
+    assert rates == pytest.approx([3e-2 * optim.factor(s, 10, settings) for s in range(1, 11)] * 3)
+
+
+def test_without_retraining_the_later_stages_only_shrink_gates() -> None:
+    """As the authors' scheduler does, whose learning-rate schedule is spent by then."""
+    settings = section(steps=20, log_every=10)
+    given = config(xi=0.01, schedule="linear", levels=2, retrain=False)
+    trainee = pupil(given, settings)
+    seen = {}
+
+    def after_step(ctx: Step) -> Any:
+        kept = ProximalGates.after_step(trainee.controller, ctx)
+        if ctx.step in (10, 20):
+            seen[ctx.step] = {n: v.clone() for n, v in trainee.layers["up"].own_state().items()}
+        return kept
+
+    trainee.controller.after_step = after_step
+    taught(trainee, settings)
+    assert torch.equal(seen[20]["A"], seen[10]["A"])
+    assert torch.equal(seen[20]["B"], seen[10]["B"])
+    assert_close(seen[20]["g"], soft_threshold(seen[10]["g"], 10 * 0.01))
+
+
+def test_more_stages_than_steps_are_refused() -> None:
+    given = config(xi=0.1, schedule="linear", levels=7)
+    layers = injected(net(), given)
+    with pytest.raises(RecipeError, match=r"^adapter.sparsity: 7 stages do not fit into 6 steps"):
+        ProximalGates(layers, given, steps=6)
+    assert len(ProximalGates(layers, given, steps=7).stages()) == 7
 
 
 @pytest.mark.parametrize(
@@ -283,6 +356,31 @@ def test_a_growing_schedule_cuts_the_run_into_equal_stages() -> None:
     [
         ({"lambda": 1.0, "xi": 0.1}, "one of them"),
         ({"lambda": None}, "one of them"),
+        ({"lambda": 1.0, "keep": 0.3}, "finds its thresholds itself, so `lambda`"),
+        ({"xi": 0.1, "keep": 0.3}, "finds its thresholds itself, so `xi`"),
+        ({"keep": 0.3, "metric": "adam"}, "`metric: adam` scales `lambda`"),
+        ({"keep": 0.3, "mode": "reference"}, "takes a constant `xi`"),
+        ({"keep": 0.3, "schedule": "linear"}, "plans the run itself"),
+        ({"keep": 0.3, "dense": 0.3}, "plans the run itself"),
+        ({"keep": 0.3, "revive": True}, "stays dead"),
+        ({"keep": 0.0}, "greater than 0"),
+        ({"keep": 1.1}, "less than or equal to 1"),
+        ({"of": "parameters"}, "the unit of `keep`"),
+        ({"mode": "reference"}, "takes a constant `xi`"),
+        ({"mode": "reference", "lambda": 1.0}, "takes a constant `xi`"),
+        ({"l1": 10.0}, "belongs to `mode: reference`"),
+        ({"mode": "reference", "xi": 0.1, "l1": -1.0}, "greater than or equal to 0"),
+        ({"metric": "adam"}, "one of them"),
+        ({"metric": "adam", "xi": 0.1}, "a constant xi is not scaled"),
+        ({"floor": 1e-6}, "belongs to `metric: adam`"),
+        ({"metric": "adam", "lambda": 1.0, "floor": -1e-6}, "greater than or equal to 0"),
+        ({"start": 1.0}, "belongs to a growing"),
+        ({"levels": 3}, "belongs to a growing"),
+        ({"dense": 1.0}, "less than 1"),
+        ({"retrain": False, "xi": 0.1}, "takes stages"),
+        ({"retrain": False, "schedule": "linear"}, "no threshold"),
+        ({"compact": True, "revive": True}, "its own row"),
+        ({"gate_lr": 0.0}, "greater than 0"),
         ({"schedule": "exp-linear"}, "above 0"),
         ({"schedule": "linear", "start": 3.0}, "above the end"),
         ({"schedule": "linear", "levels": 1}, "at least 2"),
@@ -297,3 +395,24 @@ def test_settings_that_contradict_each_other_are_refused(given: dict[str, Any], 
 def test_xi_alone_takes_the_place_of_lambda() -> None:
     given = Sparsity.model_validate({"xi": 3e-4})
     assert (given.lam, given.xi, given.strength) == (None, 3e-4, 3e-4)
+
+
+def test_what_is_left_out_follows_from_what_is_given() -> None:
+    def filled(**given: Any) -> tuple[float | None, bool]:
+        settings = Sparsity.model_validate(given)
+        return settings.lam, settings.revive
+
+    assert filled() == (2.0, True)
+    assert filled(keep=0.3) == (None, False)
+    assert filled(compact=True) == (2.0, False)
+    assert filled(mode="reference", xi=1e-3) == (None, True)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"keep": 0.3}, {"compact": True}, {"mode": "reference", "xi": 1e-3, "l1": 10.0}],
+)
+def test_settings_written_out_whole_are_read_back_the_same(given: dict[str, Any]) -> None:
+    """As a run's folder holds them."""
+    settings = Sparsity.model_validate(given)
+    assert Sparsity.model_validate(settings.model_dump()) == settings

@@ -1,0 +1,63 @@
+"""A target for the ranks kept: which of them die, and when, so that it is met at any run's length.
+
+Every step decides anew, from the scores of the ranks that live: those least useful for their cost
+are in line to die, as many as the target wants, one after the other and evenly over the steps left.
+So it is met exactly, whatever scores do meanwhile, without a strength that somebody must know.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Target(NamedTuple):
+    """What is to be left, and the steps in which ranks die: `first` to `last`."""
+
+    left: float
+    """In the unit of the ranks' cost."""
+    first: int
+    last: int
+    """Three quarters into the run: the rest of it trains what lives."""
+    at_most: int
+    """How many ranks may die in one step: a twentieth of all, but always one."""
+
+    @classmethod
+    def of(cls, cost: Tensor, keep: float, steps: int) -> "Target":
+        """A share `keep` of ranks that cost `cost`, (r,), in a run of so many steps.
+
+        The first rank dies a quarter into the run, or sooner where deaths need more steps; a
+        `first` below 1 says that the run is too short.
+        """
+        left, at_most = keep * float(cost.sum()), max(1, len(cost) // 20)
+        last = max(1, 3 * steps // 4)
+        most = dying(cost.sort().values, left)  # the cheapest first
+        return cls(left, min(steps // 4 + 1, last + 1 - ceil_div(most, at_most)), last, at_most)
+
+    def due(self, score: Tensor, cost: Tensor, step: int) -> Tensor:
+        """The steps each living rank has still to go, (k,): 0 dies in this, infinity stays.
+
+        `score` and `cost`, (k,), are how useful a rank is and what it costs.
+        """
+        line = (score / cost).argsort(stable=True)
+        count, steps = dying(cost[line], self.left), max(1, self.last + 1 - step)
+        place = torch.arange(count, device=score.device)
+        even = ((place + 1) * steps + count - 1) // max(1, count) - 1
+        due = torch.full_like(score, torch.inf)
+        due[line[:count]] = torch.maximum(even, place // self.at_most).to(due.dtype)
+        return due if step >= self.first else torch.full_like(due, torch.inf)
+
+
+def dying(cost: Tensor, left: float) -> int:
+    """How many ranks, in this order, die until the cost of the others is closest to `left`.
+
+    One stays, whatever is asked for.
+    """
+    others = cost.sum() - cost.cumsum(0)  # after 1, 2, … deaths
+    after = torch.cat([cost.sum()[None], others])[: len(cost)]
+    return int((after - left).abs().argmin())
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

@@ -1,0 +1,402 @@
+"""B-LoRA: Bayesian LoRA, learned ranks and bit-widths (Meo et al. 2024, arXiv:2406.13046).
+
+    dW = s Q(B) diag(Q(E) * m) Q(A)         Q as in lorakit/quantizer.py, with 2 to 32 bits
+    m = round(1, g_1, g_1 g_2, ...)         rank gates: rank i is on only if all before it are
+    L = task + lambda_bits sum_Q sum_b P_4 ... P_b + lambda_ranks sum_layers mean_i P_1 ... P_i
+
+with P = P(gate > 0). Every tensor has four bit gates; E has r - 1 rank gates besides, since the
+first rank is never gated. Gates are drawn anew at every forward pass in training and thresholded in
+evaluation; rounding m passes gradients straight through. Dead ranks are those whose Q(E) m is 0.
+
+A run has three phases: `warmup`, in which nothing is quantised, and whose last step sets the ranges
+to the tensors' own; then gates, noise and penalty; then `freeze`, in which gates stand thresholded.
+The gates' rate is matched to the run's length: with no gradient but the penalty's a logit loses
+about its rate a step, however weak the penalty is, since Adam divides by its size.
+
+The paper's text was not available; read were its co-author's fork of peft (KseniaSycheva/peft,
+6548bad) and another's port (tvergara/sah, b5a5bd6). Departs from them: B starts at 0, E at 1 and A
+as LoRA's, so that the start is exact; ranges are set after the warm-up, not at the first forward
+pass; the rank penalty follows the product that the gates form; gates and ranges have no weight
+decay; s = alpha / r; the bias and the input x are never quantised.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Any, Literal, final
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator
+from torch import Tensor, distributed, nn
+from torch.func import functional_call
+from torch.nn.functional import linear
+from torch.nn.utils.rnn import pad_sequence
+
+from lorakit import quantizer
+from lorakit.adapter import (
+    Adapter,
+    Controller,
+    Factors,
+    Kept,
+    Plan,
+    Promises,
+    Step,
+    Variant,
+    VariantConfig,
+    plain_parameters,
+)
+from lorakit.codes import BITS, CodedPair, Grid, Grids, coded_base, coded_update, gridded
+from lorakit.errors import RecipeError
+from lorakit.schema import Section
+
+INNER = ("A", "E", "B")
+ACTIVATIONS = ("base", "down", "inner", "up", "total")  # as in codes.Grids
+UNSET = 80.0
+"""log of a range that is wider than any tensor."""
+SMALLEST = 1e-8
+"""Of ranges: a tensor of zeros has one too."""
+MATCH = 4.0
+"""How often a gate could close in its phase at its peak rate: one that nothing holds is closed
+after a fifth to a third of it."""
+
+
+class Gates(Section):
+    """How hard bits and ranks are pushed down, and when."""
+
+    lambda_bits: NonNegativeFloat = 1e-3
+    """What every doubling of a tensor's bits costs, in units of the task's loss."""
+    lambda_ranks: NonNegativeFloat = 1e-2
+    """What the ranks of a linear cost, all of them, in units of the task's loss."""
+    gate_init: float = Field(3.0, gt=quantizer.THRESHOLD, le=10.0)
+    """Logit of every gate at the start of their phase; one is closed below -0.94."""
+    gate_lr: PositiveFloat | None = None
+    """Peak learning rate of the gates' logits. null: by the length of their phase, so that a gate
+    which nothing holds open is closed after a fifth to a third of it."""
+    range_lr: PositiveFloat = 1e-2
+    """Peak learning rate of the logarithms of the ranges."""
+    warmup: float = Field(0.2, ge=0.0, lt=1.0)
+    """Share of the run, at least one step, in which nothing is quantised and no gate moves."""
+    freeze: float = Field(0.2, ge=0.0, lt=1.0, validate_default=True)
+    """Share of the run, its end, in which gates stand thresholded and the rest trains on."""
+
+    @field_validator("freeze")
+    @classmethod
+    def _leaves_time_for_gates(cls, freeze: float, others: ValidationInfo) -> float:
+        warmup = others.data.get("warmup", 0.0)
+        if warmup + freeze >= 1:
+            raise ValueError(f"with warmup {warmup:g} it leaves no step to the gates")
+        return freeze
+
+
+class Quantize(Section):
+    """What is quantised besides the adapter; either leaves no plain pair to export."""
+
+    weights: bool = False
+    """The base weight of every adapted linear."""
+    activations: bool = False
+    """What enters the sum of base and update, what A and E give, and the sum."""
+
+
+class BLoRAConfig(VariantConfig):
+    """B-LoRA."""
+
+    variant: Literal["blora"]
+    gates: Gates = Gates()
+    quantize: Quantize = Quantize()
+
+
+class Phase(IntEnum):
+    """Of a run."""
+
+    DENSE = 0
+    GATED = 1
+    FROZEN = 2
+
+
+IDLE = {
+    Phase.DENSE: ("bit_logits", "rank_logits", "log_ranges"),
+    Phase.GATED: (),
+    Phase.FROZEN: ("bit_logits", "rank_logits"),
+}
+"""What stands still in a phase."""
+
+
+@final
+class BLoRALinear(Adapter):
+    """dW = s Q(B) diag(Q(E) * m) Q(A)."""
+
+    def __init__(self, base: nn.Module, config: BLoRAConfig, plan: Plan) -> None:
+        super().__init__(base, config, plan)
+        if config.quantize.weights and not base.weight.is_floating_point():  # type: ignore[operator]
+            raise RecipeError(
+                "adapter.quantize.weights: the base's weights are in codes already; leave it "
+                "off, or load the base unquantised."
+            )
+        self.A, self.B = plain_parameters(base, plan)
+        device, quantize = self.A.device, config.quantize
+        self.E = nn.Parameter(torch.ones(plan.rank, device=device))
+        self.quantised = INNER + ("weight",) * quantize.weights + ACTIVATIONS * quantize.activations
+        init, q = config.gates.gate_init, len(self.quantised)
+        self.bit_logits = nn.Parameter(torch.full((q, len(BITS) - 1), init, device=device))
+        self.rank_logits = nn.Parameter(torch.full((plan.rank - 1,), init, device=device))
+        self.log_ranges = nn.Parameter(torch.full((q,), UNSET, device=device))
+        self.phase: Tensor
+        self.peaks: Tensor
+        self.register_buffer("phase", torch.tensor(Phase.DENSE, device=device))
+        if quantize.activations:
+            self.register_buffer("peaks", torch.zeros(len(ACTIVATIONS), device=device))
+        self.gate_lr, self.range_lr = config.gates.gate_lr or 0.0, config.gates.range_lr
+
+    # training: quantisers as they are drawn; evaluation: codes
+
+    def base_output(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return coded_base(x, self.base, self._outer())
+        if "weight" not in self.quantised or self.phase == Phase.DENSE:
+            return self._activation("base", self.base(x))
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        q = self._quantised("weight", weight)
+        return self._activation("base", functional_call(self.base, {"weight": q}, (x,)))
+
+    def update(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return coded_update(x, self.coded())
+        A, E, B = self._drawn()
+        B = self.scale * B
+        h = self._activation("down", linear(x, A.to(x.dtype)))
+        if "inner" in self.quantised:
+            h = self._activation("inner", h * E.to(x.dtype))
+        else:
+            B = B * E  # on (m, r), not on (..., r)
+        return self._activation("up", linear(h, B.to(x.dtype)))
+
+    def finish(self, y: Tensor) -> Tensor:
+        return self._activation("total", y) if self.training else gridded(y, self._outer().total)
+
+    def _drawn(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, E and B in this forward pass: as they are, or Q(A), Q(E) * m and Q(B)."""
+        phase = Phase(int(self.phase))  # on a GPU this waits for the device
+        idle = [getattr(self, name).sum() for name in IDLE[phase]]
+        zero = 0.0 * torch.stack(idle).sum() if idle else 0.0  # so that each has its gradient
+        if phase == Phase.DENSE:
+            return self.A, self.E + zero, self.B
+        shares = self._shares(slice(len(INNER))).unbind()
+        ranges = self.log_ranges[: len(INNER)].unbind()
+        A, E, B = map(quantizer.ladder, (self.A, self.E, self.B), ranges, shares)
+        return A, E * self._mask() + zero, B
+
+    def _gates(self, phi: Tensor) -> Tensor:
+        """Drawn at every call; thresholded once they stand."""
+        frozen = self.phase == Phase.FROZEN
+        return quantizer.is_open(phi).float() if frozen else quantizer.sample(phi)
+
+    def _shares(self, rows: slice) -> Tensor:
+        """What each width has in the quantisers of `rows`, (q, 5)."""
+        return quantizer.shares(self._gates(self.bit_logits[rows]))
+
+    def _mask(self) -> Tensor:
+        """m, (r,): 1 and then 0, with the gradient of the product."""
+        product = nn.functional.pad(self._gates(self.rank_logits), (1, 0), value=1.0).cumprod(0)
+        return product + (product.round() - product).detach()
+
+    def _quantised(self, name: str, x: Tensor) -> Tensor:
+        """Q(x) of one of the outer quantisers, in the precision of x."""
+        i = self.quantised.index(name)
+        (shares,) = self._shares(slice(i, i + 1))
+        return quantizer.ladder(x.float(), self.log_ranges[i], shares).to(x.dtype)
+
+    def _activation(self, name: str, x: Tensor) -> Tensor:
+        """Q(x) where activations are quantised; before, its largest value is remembered."""
+        if name not in self.quantised:
+            return x
+        if self.phase != Phase.DENSE:
+            return self._quantised(name, x)
+        peak = self.peaks[ACTIVATIONS.index(name)]
+        peak.copy_(torch.maximum(peak, x.detach().abs().max()))
+        return x
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Sets every range to the largest value there is now, and so ends the dense phase."""
+        sizes = [getattr(self, name).abs().max() for name in INNER]
+        if "weight" in self.quantised:
+            sizes.append(self.base.weight.abs().max())  # type: ignore[operator]
+        if len(self.quantised) > len(sizes):
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(self.peaks, distributed.ReduceOp.MAX)  # each saw its rows
+            sizes += self.peaks.unbind()
+        self.log_ranges.copy_(torch.stack(sizes).clamp_min(SMALLEST).log())
+        self.phase.fill_(Phase.GATED)
+
+    # what it comes to
+
+    @torch.no_grad()
+    def coded(self) -> CodedPair:
+        grids = self._grids()
+        E = grids["E"].coded(self.E * self.open_ranks())
+        live = E.codes != 0
+        A, B = grids["A"].coded(self.A[live]), grids["B"].coded(self.B[:, live])
+        return CodedPair(A, E._replace(codes=E.codes[live]), B, self.scale, self._outer())
+
+    def factors(self) -> Factors:
+        return Factors(*self.coded().plain())
+
+    def delta(self) -> Tensor:
+        """The part of the update that is a matrix: quantised activations are none."""
+        A, B = self.coded()._replace(grids=Grids()).plain()
+        return B @ A
+
+    @torch.no_grad()
+    def rank(self) -> int:
+        codes = self._grids()["E"].coded(self.E * self.open_ranks()).codes
+        return int(codes.count_nonzero())
+
+    def bits(self) -> dict[str, int]:
+        """The width of every quantised tensor in evaluation, by name."""
+        widths = quantizer.bits_of(self.bit_logits.detach())
+        return dict(zip(self.quantised, widths, strict=True))
+
+    def open_ranks(self) -> Tensor:
+        """The mask m in evaluation, (r,): 1 and then 0."""
+        opened = quantizer.is_open(self.rank_logits.detach()).float()
+        return nn.functional.pad(opened, (1, 0), value=1.0).cumprod(0)
+
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        gates = {"lr": self.gate_lr, "weight_decay": 0.0}
+        ranges = {"lr": self.range_lr, "weight_decay": 0.0}
+        return {"bit_logits": gates, "rank_logits": gates, "log_ranges": ranges}
+
+    def _grids(self) -> dict[str, Grid]:
+        """Every quantiser in evaluation, by name."""
+        bounds = self.log_ranges.detach().exp().unbind()
+        return {
+            k: Grid(bound, b) for (k, b), bound in zip(self.bits().items(), bounds, strict=True)
+        }
+
+    def _outer(self) -> Grids:
+        """The quantisers besides those of A, E and B."""
+        names = self.quantised[len(INNER) :]
+        if not names:
+            return Grids()
+        grids = self._grids()
+        return Grids(**{name: grids[name] for name in names})
+
+
+class BayesianGates(Controller[BLoRALinear, BLoRAConfig]):
+    """The phases of a run, the complexity term, and how gates stand."""
+
+    def __init__(self, layers: Mapping[str, BLoRALinear], config: BLoRAConfig, steps: int) -> None:
+        super().__init__(layers, config, steps)
+        gates = config.gates
+        self.dense = max(1, round(gates.warmup * steps))
+        """The last step of the dense phase."""
+        self.gated = max(self.dense, steps - round(gates.freeze * steps))
+        """The last step at which gates move."""
+        way, phase = gates.gate_init - quantizer.THRESHOLD, self.gated - self.dense
+        if gates.gate_lr is None:
+            for layer in layers.values():
+                layer.gate_lr = MATCH * way / max(1, phase)
+        elif gates.gate_lr * phase < way:
+            raise RecipeError(
+                f"adapter.gates.gate_lr: {gates.gate_lr:g}: no gate can close. In the "
+                f"{phase} steps of their phase gates move by {gates.gate_lr * phase:.2g}, and it "
+                f"takes {way:.2f} from gate_init. Give null, {MATCH * way / max(1, phase):.1g}, or "
+                "a longer run."
+            )
+        self.opened = self._opened()
+        self.step = self.moved = 0  # now, and the last step at which a gate opened or closed
+
+    def penalty(self) -> Tensor | None:
+        """lambda_bits and lambda_ranks times the expected lengths of their chains."""
+        layers, gates = self.layers.values(), self.config.gates
+        if self._phase() != Phase.GATED:
+            return None
+        bits = quantizer.chain(torch.stack([layer.bit_logits for layer in layers])).sum()
+        # ranks differ between layers; a gate that is never on adds nothing to a chain
+        logits: list[Tensor] = [layer.rank_logits for layer in layers]
+        lengths = quantizer.chain(pad_sequence(logits, batch_first=True, padding_value=-100.0))
+        ranks = (lengths / torch.tensor([max(1, len(phi)) for phi in logits]).to(lengths)).sum()
+        return gates.lambda_bits * bits + gates.lambda_ranks * ranks
+
+    def before_step(self, ctx: Step) -> None:
+        """What stands still has no gradient at all: a 0 would count as a step for Adam."""
+        for layer in self.layers.values():
+            for name in IDLE[self._phase()]:
+                getattr(layer, name).grad = None
+
+    def after_step(self, ctx: Step) -> Kept:
+        self.step = ctx.step
+        for layer in self.layers.values():
+            if ctx.step == self.dense:
+                layer.calibrate()
+            if ctx.step == self.gated:
+                layer.phase.fill_(Phase.FROZEN)
+        opened = self._opened()
+        if not torch.equal(opened, self.opened):
+            self.opened, self.moved = opened, ctx.step
+        return {}
+
+    def settled(self) -> bool:
+        """Gates stand, or none has opened or closed for a tenth of the run since one first did."""
+        gates = self.config.gates
+        at_work = gates.lambda_bits > 0 or gates.lambda_ranks > 0
+        quiet = self.step - self.moved >= max(1, self.steps // 10)
+        return self.step >= self.gated or not at_work or (self.moved > 0 and quiet)
+
+    def told(self) -> Mapping[str, Any]:
+        """How many tensors have which width, and how many linears which rank."""
+        bits = Counter(b for layer in self.layers.values() for b in layer.bits().values())
+        ranks = Counter(layer.rank() for layer in self.layers.values())
+        return {"bits": _counts(bits), "linears_of_rank": _counts(ranks)}
+
+    def ended(self) -> tuple[str, ...]:
+        layers, gates = self.layers.values(), self.config.gates
+        bits = {b for layer in layers for b in layer.bits().values()}
+        said = []
+        if bits == {BITS[0]}:
+            said.append(_closed("bit", "every tensor is at 2 bits, the floor", "lambda_bits"))
+        if bits == {BITS[-1]} and gates.lambda_bits:
+            said.append(_unmoved("bit", "every tensor is at 32 bits", "lambda_bits"))
+        if all(layer.rank() <= 1 < layer.r for layer in layers):
+            said.append(_closed("rank", "no linear has more than rank 1", "lambda_ranks"))
+        if all(layer.open_ranks().all() and layer.r > 1 for layer in layers) and gates.lambda_ranks:
+            said.append(_unmoved("rank", "every linear has its start rank", "lambda_ranks"))
+        return tuple(said)
+
+    def _phase(self) -> Phase:
+        return Phase(int(next(iter(self.layers.values())).phase))
+
+    def _opened(self) -> Tensor:
+        """Which gates are open, over all layers."""
+        layers = self.layers.values()
+        logits = [part.detach().flatten() for x in layers for part in (x.bit_logits, x.rank_logits)]
+        return quantizer.is_open(torch.cat(logits))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"opened": self.opened, "steps": torch.tensor([self.step, self.moved])}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.opened = state["opened"].to(self.opened.device)
+        self.step, self.moved = state["steps"].tolist()
+
+
+def _counts(found: Counter[int]) -> dict[str, int]:
+    return {str(value): found[value] for value in sorted(found)}
+
+
+def _closed(kind: str, state: str, strength: str) -> str:
+    return (
+        f"every {kind} gate closed: {state}. Lower adapter.gates.{strength} or gate_lr, or let "
+        "the weights learn first by a longer warmup."
+    )
+
+
+def _unmoved(kind: str, state: str, strength: str) -> str:
+    return (
+        f"no {kind} gate closed: {state}. Raise adapter.gates.{strength}, or gate_lr if "
+        "the run is too short for them."
+    )
+
+
+VARIANT = Variant(BLoRAConfig, BLoRALinear, BayesianGates, Promises(exchangeable_ranks=False))

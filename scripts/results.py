@@ -1,0 +1,167 @@
+"""Trains every method on GLUE tasks over seeds, and pruned LoRA as their rival; prints tables.
+
+    python scripts/results.py --data-dir DIR --tasks sst2 mrpc --seeds 0 1 2 --out runs/results
+
+All start from recipes/lora_sst2.yaml with the same model, start rank, steps, batch and rates of
+A and B; a method brings its own settings alone. Each run is a process of its own on one thread,
+`--jobs` of them at a time. Scores are those of the pruned folder, read back in fp32, on the whole
+validation set. A run that is done is not done again: rows stand in OUT/results.jsonl.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from threading import Lock
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "recipes" / "lora_sst2.yaml"
+STEPS = {"sst2": 600, "mrpc": 345}
+METHODS: dict[str, tuple[str, ...]] = {
+    "LoRA": (),
+    "SoRA, half": ("adapter.variant=sora", "adapter.sparsity.keep=0.5"),
+    "SoRA, quarter": ("adapter.variant=sora", "adapter.sparsity.keep=0.25"),
+    "B-LoRA": ("adapter.variant=blora",),
+    "OLoRA": ("adapter.variant=olora",),
+    "AdaLoRA, half": ("adapter.variant=adalora", "adapter.target_rank=4"),
+}
+RIVALS = {"LoRA cut to half": 0.5, "LoRA cut to a quarter": 0.25}
+"""Shares of LoRA's parameters that `prune --keep` leaves."""
+
+Row = dict[str, Any]
+
+
+class Job(NamedTuple):
+    """One run."""
+
+    task: str
+    method: str
+    seed: int
+
+    def folder(self, out: Path) -> Path:
+        """Where it stands."""
+        name = self.method.lower().replace(", ", "-").replace(" ", "-")
+        return out / f"{self.task}-{name}-{self.seed}"
+
+
+def lorakit(*arguments: object) -> Any:
+    """Types a command and reads its JSON."""
+    command = [sys.executable, "-m", "lorakit", *map(str, arguments), "--json"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, env=environment, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def measure(job: Job, given: argparse.Namespace) -> list[Row]:
+    """Trains, prunes and scores; LoRA is also cut to its rivals' sizes."""
+    run = job.folder(given.out)
+    if not run.exists():
+        lorakit(
+            "train", BASE, f"task.name=glue/{job.task}", f"task.data_dir={given.data_dir}",
+            f"seed={job.seed}", f"output_dir={run}", "~train.epochs",
+            f"train.steps={given.steps or STEPS[job.task]}", "model.dropout=0.0", "adapter.rank=8",
+            "adapter.alpha=8", "train.best=null", "train.eval_every=null", "train.save_every=null",
+            *METHODS[job.method], *given.overrides,
+        )  # fmt: skip
+    rows = [{**job._asdict(), **_pruned(run, run / "pruned"), "step_ms": step_ms(run)}]
+    if job.method == "LoRA":
+        for name, keep in RIVALS.items():
+            out = run / f"keep-{keep:g}"
+            cut = _pruned(run, out, "--keep", keep, "--of", "parameters")
+            rows.append({**job._asdict(), "method": name, **cut, "step_ms": rows[0]["step_ms"]})
+    return rows
+
+
+def _pruned(run: Path, out: Path, *options: object) -> Row:
+    """Prunes `run` into `out`, if that is not done, and scores it."""
+    if not out.exists():
+        lorakit("prune", run, "--out", out, *options)
+    card = json.loads((out / "lorakit.json").read_text())
+    scored = lorakit("eval", out, "--batch-size", 128)
+    return {
+        "scores": scored["scores"],
+        "ranks": sum(card["ranks"].values()),
+        "parameters": card["parameters"][1],
+        "kB": card["bytes"][1] / 1000,
+    }
+
+
+def step_ms(run: Path) -> float:
+    """The median step of a run, in milliseconds, from the rates it logged."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    rates = sorted(line["samples_per_s"] for line in lines if "ranks" in line)
+    return 32_000 / rates[len(rates) // 2]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for each task: a line for each method, mean ± standard deviation over seeds."""
+    parts = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        metrics = [name for name in of_task[0]["scores"] if name != "loss"]
+        head = ["method", *metrics, "ranks", "parameters", "kB", "ms a step"]
+        lines = [f"### {task}", "", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+        for method in dict.fromkeys(row["method"] for row in of_task):
+            seeds = [row for row in of_task if row["method"] == method]
+            cells = [_spread((row["scores"][name] for row in seeds), 2) for name in metrics]
+            cells += [_spread((row["ranks"] for row in seeds), 0)]
+            cells += [_spread((row["parameters"] for row in seeds), 0)]
+            cells += [_spread((row["kB"] for row in seeds), 0)]
+            cells += [_spread((row["step_ms"] for row in seeds), 0)]
+            lines.append(_line([method, *cells]))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(values: Iterable[float], digits: int) -> str:
+    given = list(values)
+    spread = f" ± {stdev(given):,.{digits}f}" if len(given) > 1 and stdev(given) else ""
+    return f"{mean(given):,.{digits}f}{spread}"
+
+
+def main() -> None:
+    """Reads the arguments, measures what is not measured yet, prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, required=True, help="GLUE's official layout")
+    parser.add_argument("--tasks", nargs="+", default=list(STEPS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="of every run; default: of each task its own")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/results"))
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", dest="overrides")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    file, lock = given.out / "results.jsonl", Lock()
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(row["task"], row["method"], row["seed"]) for row in rows}
+    jobs = [Job(t, m, s) for s in given.seeds for t in given.tasks for m in given.methods]
+
+    def work(job: Job) -> None:
+        for row in measure(job, given):
+            with lock, file.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+                rows.append(row)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(work, [job for job in jobs if job not in done]))
+    order = [*METHODS, *RIVALS]
+    print(markdown(sorted(rows, key=lambda row: (row["task"], order.index(row["method"])))))
+
+
+if __name__ == "__main__":
+    main()

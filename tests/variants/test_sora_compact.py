@@ -1,0 +1,192 @@
+"""Dead ranks of SoRA: held at 0 or free to return, masked or taken out of the layers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from planted import Planted, injected, net, planted, pupil, section, taught
+from safetensors.torch import load_file
+from test_variant_laws import metrics, stop_at
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from lorakit import optim
+from lorakit.adapter import Step
+from lorakit.errors import RecipeError
+from lorakit.train import Trainee
+from lorakit.variants.sora import ProximalGates, SoRAConfig
+
+
+def config(rank: int = 8, **sparsity: Any) -> SoRAConfig:
+    given = {"variant": "sora", "rank": rank, "alpha": 2.0 * rank, "sparsity": sparsity}
+    return SoRAConfig.model_validate(given)
+
+
+class Losses(Planted):
+    """The planted task, with the loss of every step written down."""
+
+    seen: list[float]
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = super().loss(model, batch)
+        if model.training:
+            self.seen.append(float(loss.detach()))
+        return loss
+
+
+def losses(trainee: Trainee, settings: Any) -> list[float]:
+    rows = planted()
+    task = Losses(rows.x, rows.y)
+    object.__setattr__(task, "seen", [])
+    taught(trainee, settings, task)
+    return task.seen
+
+
+# dead gates
+
+
+@pytest.mark.parametrize("revive", [True, False])
+def test_a_dead_gate_comes_back_only_if_it_may(revive: bool) -> None:
+    given = config(xi=1e-4, revive=revive, gate_lr=0.05)
+    settings = section(steps=40, lr=1e-2)
+    trainee = pupil(given, settings)
+    killed = trainee.controller.after_step
+
+    def after_step(ctx: Step) -> Any:
+        if ctx.step == 10:
+            trainee.layers["up"].g.data[:4] = 0.0
+        return killed(ctx)
+
+    trainee.controller.after_step = after_step
+    taught(trainee, settings)
+    assert (trainee.layers["up"].rank() == 8) is revive
+
+
+def test_without_revival_dead_gates_have_no_part_in_the_clipped_norm() -> None:
+    given = config(xi=0.1, revive=False)
+    layers = injected(net(), given)
+    controller = ProximalGates(layers, given, 10)
+    layers["up"].g.data = torch.tensor([1.0, 0.05, -1.0, 0.0, 1, 1, 1, 1])
+    controller.after_step(Step(1, 10, lambda _: 0.0))
+    for layer in layers.values():
+        layer.g.grad = torch.ones(8)
+    controller.before_step(Step(2, 10, lambda _: 0.0))
+    assert layers["up"].g.grad.tolist() == [1, 0, 1, 0, 1, 1, 1, 1]
+    assert layers["down"].g.grad.tolist() == [1] * 8
+
+
+# compaction
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_compacted_or_masked_a_run_is_the_same(weight_decay: float) -> None:
+    """Losses of 400 steps to 1e-5 of their size, while layers shrink in their middle."""
+    settings = section(steps=400, lr=3e-3, clip=0.1, weight_decay=weight_decay)
+    seen, ranks, rows = {}, {}, {}
+    for compact in (False, True):
+        torch.manual_seed(0)
+        given = config(xi=6e-3, gate_init="normal", revive=False, compact=compact)
+        trainee = pupil(given, settings)
+        seen[compact] = losses(trainee, settings)
+        ranks[compact] = {name: layer.rank() for name, layer in trainee.layers.items()}
+        rows[compact] = [len(layer.A) for layer in trainee.layers.values()]
+    assert ranks[True] == ranks[False]
+    assert sum(rows[True]) < sum(rows[False]) == 16
+    assert_close(torch.tensor(seen[True]), torch.tensor(seen[False]), rtol=1e-5, atol=0)
+
+
+def test_a_target_is_met_alike_compacted_or_masked() -> None:
+    settings, ended = section(steps=100, lr=1e-2), []
+    for compact in (False, True):
+        torch.manual_seed(0)
+        trainee = pupil(config(keep=0.25, gate_lr=0.03, compact=compact), settings)
+        taught(trainee, settings)
+        ended.append({name: layer.delta() for name, layer in trainee.layers.items()})
+        assert sum(layer.rank() for layer in trainee.layers.values()) == 4
+    assert_close(ended[1], ended[0], rtol=1e-3, atol=1e-5)
+
+
+def test_a_layer_is_rebuilt_when_a_quarter_of_it_is_dead_and_not_before() -> None:
+    given = config(xi=0.1, compact=True)
+    layers = injected(net(), given)
+    controller = ProximalGates(layers, given, 10)
+    layers["up"].g.data[5] = 0.0
+    layers["down"].g.data[[1, 2]] = 0.0
+    kept = controller.after_step(Step(1, 10, lambda _: 0.0))
+    assert {name: ranks.tolist() for name, ranks in kept.items()} == {"down": [0, 3, 4, 5, 6, 7]}
+
+
+def test_moments_follow_their_ranks() -> None:
+    settings = section(steps=3)
+    trainee = pupil(config(xi=0.0, compact=True), settings)
+    taught(trainee, settings)
+    layer, kept = trainee.layers["up"], torch.tensor([1, 4, 6])
+    before = {name: dict(trainee.optimizer.state[getattr(layer, name)]) for name in layer.ranked}
+    optim.compact(trainee.optimizer, layer.compact(kept), kept)
+    for name, axis in layer.ranked.items():
+        after = trainee.optimizer.state[getattr(layer, name)]
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(after[key], before[name][key].index_select(axis, kept))
+        assert after["step"] == before[name]["step"]
+    assert all(p.requires_grad for p in (layer.A, layer.B, layer.g))
+
+
+def test_a_layer_without_ranks_is_its_base_and_trains_on() -> None:
+    settings = section(steps=4)
+    trainee = pupil(config(xi=0.0, compact=True), settings)
+    layer = trainee.layers["up"]
+    layer.g.data.zero_()
+    trainee.controller.live[:8] = False
+    taught(trainee, settings)
+    assert (len(layer.A), layer.B.shape[1], layer.rank(), layer.r) == (0, 0, 0, 8)
+    x = torch.randn(3, 16)
+    assert torch.equal(layer(x), layer.base(x))
+    assert layer.factors().parameters == 0
+
+
+def test_moments_in_blocks_of_eight_bits_refuse() -> None:
+    trainee = pupil(config(xi=0.1, compact=True), section(steps=1))
+    layer = trainee.layers["up"]
+    for p in (layer.A, layer.B, layer.g):
+        trainee.optimizer.state[p]["state1"] = torch.zeros(p.shape, dtype=torch.uint8)
+    kept = torch.tensor([0])
+    with pytest.raises(RecipeError, match="8-bit moments cannot be compacted"):
+        optim.compact(trainee.optimizer, layer.compact(kept), kept)
+
+
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        {"xi": 0.12, "gate_init": "normal", "compact": True},
+        {"keep": 0.3, "compact": True},
+        {"keep": 0.3, "of": "parameters"},
+        {"xi": 0.05, "gate_init": "normal", "schedule": "linear", "levels": 3, "dense": 0.3},
+        {"mode": "reference", "xi": 0.05, "gate_init": "normal", "l1": 1.0},
+        {"metric": "adam", "lambda": 1e-4},
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    recipe: Path, lorakit: Callable[..., Any], sparsity: dict[str, Any]
+) -> None:
+    """Compaction, a target and stages each have state of their own."""
+    given = yaml.safe_load(recipe.read_text())
+    given["adapter"] = {"variant": "sora", "rank": 4, "sparsity": sparsity}
+    given["train"] |= {"steps": 32, "save_every": 14, "eval_every": 32, "lr": 1e-2}
+    recipe.write_text(yaml.safe_dump(given))
+    run, whole = Path("runs/tiny"), Path("runs/whole")
+    assert lorakit("train", recipe).code == 0
+    run.rename(whole)
+    assert lorakit("train", recipe).code == 0
+    stop_at(run, 14)
+    answer = lorakit("train", recipe, "--resume")
+    assert answer.code == 0, answer.err
+    for part in ("adapter", "state"):
+        file = f"checkpoints/step-000032/{part}.safetensors"
+        assert_close(load_file(run / file), load_file(whole / file), rtol=0, atol=0)
+    assert metrics(run) == metrics(whole)
+    gates = load_file(run / "checkpoints/step-000014/adapter.safetensors")
+    shrunk = {len(value) for name, value in gates.items() if name.endswith(".g")} != {4}
+    assert shrunk is bool(sparsity.get("compact"))
