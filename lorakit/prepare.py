@@ -1,8 +1,9 @@
 """A recipe with everything loaded: rows read, model in memory, adapters in place."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -12,10 +13,11 @@ from lorakit.data.batching import steps_in_epoch
 from lorakit.errors import FolderError, NotLowRankError, RecipeError, nearest, several
 from lorakit.inject import Layers, inject, plan, sites, trained_whole
 from lorakit.memory import Estimate, estimate
-from lorakit.prune import Pairs
 from lorakit.sections import Recipe
 from lorakit.train import Timetable
-from lorakit.trained import pairs_at
+from lorakit.trained import pairs_at, ranks_at
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,9 @@ def prepare(recipe: Recipe, processes: int = 1) -> Prepared:
     ranks, starts = None, None
     heads: dict[str, dict[str, Tensor]] = {}
     if config.init_from is not None:
-        starts, heads = _learned(config.init_from, "adapter.init_from")
+        starts, heads = _learned(pairs_at, config.init_from, "adapter.init_from")
     if config.ranks_from is not None:
-        pairs, _ = _learned(config.ranks_from, "adapter.ranks_from")
-        ranks = {name: pair.rank for name, pair in pairs.items()}
+        ranks = _learned(ranks_at, config.ranks_from, "adapter.ranks_from")
     plans = plan(config, found, ranks, starts)
     layers = inject(base.model, plans, variants.get(config.variant).layer, config, whole, base.head)
     notes += _take_over(heads, base, whole)
@@ -92,13 +93,13 @@ def _check_fit(recipe: Recipe, task: tasks.Task, base: models.Base) -> None:
         raise RecipeError(several("the recipe does not fit its task and model", faults))
 
 
-def _learned(name: str, where: str) -> tuple[Pairs, dict[str, dict[str, Tensor]]]:
-    """The pairs and whole modules of an earlier adapter."""
+def _learned(read: Callable[[Path], T], name: str, where: str) -> T:
+    """What `read` finds at the path of an earlier adapter."""
     path = Path(name).expanduser()
     if not path.exists():
         raise RecipeError(f"{where}: {name!r}: there is nothing of that name.")
     try:
-        return pairs_at(path)
+        return read(path)
     except (FolderError, NotLowRankError) as error:
         raise RecipeError(f"{where}: {error}") from error
 

@@ -83,6 +83,13 @@ def pairs_at(path: Path) -> tuple[Pairs, dict[str, dict[str, Tensor]]]:
     return plain(trained.layers), peft_format.tensors_of(trained.whole)
 
 
+def ranks_at(path: Path) -> dict[str, int]:
+    """The live ranks at `path`: those that were trained, where a run has written more."""
+    if peft_format.is_adapter(path):
+        return {name: pair.rank for name, pair in peft_format.read(path).pairs.items()}
+    return {name: layer.rank() for name, layer in open_trained(path).layers.items()}
+
+
 def with_pairs(
     base: models.Base, pairs: Pairs, whole: Mapping[str, Mapping[str, Tensor]], origin: Path
 ) -> Layers:

@@ -5,7 +5,8 @@
 All start from recipes/lora_sst2.yaml with the same model, start rank, steps, batch and rates of
 A and B; a method brings its own settings alone. Each run is a process of its own on one thread,
 `--jobs` of them at a time. Scores are those of the pruned folder, read back in fp32, on the whole
-validation set. A run that is done is not done again: rows stand in OUT/results.jsonl.
+validation set. A run that is done is not done again: rows stand in OUT/results.jsonl. How long
+steps take is measured by bench_variants.py, side by side.
 """
 
 import argparse
@@ -29,7 +30,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "SoRA, quarter": ("adapter.variant=sora", "adapter.sparsity.keep=0.25"),
     "B-LoRA": ("adapter.variant=blora",),
     "OLoRA": ("adapter.variant=olora",),
-    "AdaLoRA, half": ("adapter.variant=adalora", "adapter.target_rank=4"),
+    "AdaLoRA, half": (
+        *("adapter.variant=adalora", "adapter.budget.target=4"),
+        *("adapter.alpha=64", "train.lr=2e-3"),  # E, A and B all start near 0
+    ),
 }
 RIVALS = {"LoRA cut to half": 0.5, "LoRA cut to a quarter": 0.25}
 """Shares of LoRA's parameters that `prune --keep` leaves."""
@@ -60,23 +64,33 @@ def lorakit(*arguments: object) -> Any:
     return json.loads(done.stdout)
 
 
+def settings(job: Job, given: argparse.Namespace) -> list[str]:
+    """What a run sets on top of the recipe; the method's own has the last word but one."""
+    return [
+        f"task.name=glue/{job.task}",
+        f"task.data_dir={given.data_dir}",
+        f"seed={job.seed}",
+        f"output_dir={job.folder(given.out)}",
+        *("~train.epochs", f"train.steps={given.steps or STEPS[job.task]}"),
+        *("train.best=null", "train.eval_every=null", "train.save_every=null"),
+        *("model.dropout=0.0", "adapter.rank=8", "adapter.alpha=8"),
+        *METHODS[job.method],
+        *given.overrides,
+    ]
+
+
 def measure(job: Job, given: argparse.Namespace) -> list[Row]:
     """Trains, prunes and scores; LoRA is also cut to its rivals' sizes."""
     run = job.folder(given.out)
-    if not run.exists():
-        lorakit(
-            "train", BASE, f"task.name=glue/{job.task}", f"task.data_dir={given.data_dir}",
-            f"seed={job.seed}", f"output_dir={run}", "~train.epochs",
-            f"train.steps={given.steps or STEPS[job.task]}", "model.dropout=0.0", "adapter.rank=8",
-            "adapter.alpha=8", "train.best=null", "train.eval_every=null", "train.save_every=null",
-            *METHODS[job.method], *given.overrides,
-        )  # fmt: skip
-    rows = [{**job._asdict(), **_pruned(run, run / "pruned"), "step_ms": step_ms(run)}]
+    if not (run / "checkpoints" / "last").exists():
+        resume = ["--resume"] if run.exists() else []
+        lorakit("train", BASE, *settings(job, given), *resume)
+    rows = [{**job._asdict(), **_pruned(run, run / "pruned")}]
     if job.method == "LoRA":
         for name, keep in RIVALS.items():
             out = run / f"keep-{keep:g}"
             cut = _pruned(run, out, "--keep", keep, "--of", "parameters")
-            rows.append({**job._asdict(), "method": name, **cut, "step_ms": rows[0]["step_ms"]})
+            rows.append({**job._asdict(), "method": name, **cut})
     return rows
 
 
@@ -94,20 +108,13 @@ def _pruned(run: Path, out: Path, *options: object) -> Row:
     }
 
 
-def step_ms(run: Path) -> float:
-    """The median step of a run, in milliseconds, from the rates it logged."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    rates = sorted(line["samples_per_s"] for line in lines if "ranks" in line)
-    return 32_000 / rates[len(rates) // 2]
-
-
 def markdown(rows: Sequence[Row]) -> str:
     """A table for each task: a line for each method, mean ± standard deviation over seeds."""
     parts = []
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         metrics = [name for name in of_task[0]["scores"] if name != "loss"]
-        head = ["method", *metrics, "ranks", "parameters", "kB", "ms a step"]
+        head = ["method", *metrics, "ranks", "parameters", "kB"]
         lines = [f"### {task}", "", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
         for method in dict.fromkeys(row["method"] for row in of_task):
             seeds = [row for row in of_task if row["method"] == method]
@@ -115,7 +122,6 @@ def markdown(rows: Sequence[Row]) -> str:
             cells += [_spread((row["ranks"] for row in seeds), 0)]
             cells += [_spread((row["parameters"] for row in seeds), 0)]
             cells += [_spread((row["kB"] for row in seeds), 0)]
-            cells += [_spread((row["step_ms"] for row in seeds), 0)]
             lines.append(_line([method, *cells]))
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -232,6 +232,16 @@ def test_ranks_from_starts_a_fresh_adapter_at_learned_ranks(
         assert {layer.scale for layer in fresh.layers.values()} == {1.0}
 
 
+def test_ranks_from_a_run_takes_the_ranks_it_trained_not_those_it_writes(
+    recipe: Path, lorakit: Callable[..., Any]
+) -> None:
+    """OLoRA's plain pair has twice the rank, since it subtracts its start."""
+    assert lorakit("train", recipe, "adapter.variant=olora").code == 0
+    answer = lorakit("train", recipe, "adapter.ranks_from=runs/tiny", "output_dir=runs/fresh")
+    assert answer.code == 0, answer.err
+    assert set(open_trained(Path("runs/fresh"), "last").start.values()) == {4}
+
+
 def test_init_from_goes_on_where_the_pruned_adapter_was(
     recipe: Path, lorakit: Callable[..., Any]
 ) -> None:

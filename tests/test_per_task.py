@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from lorakit import recipe as recipes
+from lorakit import shipped
 from lorakit.errors import RecipeError
+from lorakit.tasks import glue
 
 GIVEN = """\
 model: {name: some/model}
@@ -95,3 +97,21 @@ def test_a_value_of_the_table_that_cannot_hold_is_told_with_its_line(
 def test_a_table_of_another_form_is_refused(faults: Callable[..., list[str]], table: str) -> None:
     text = GIVEN.partition("per_task")[0] + table
     assert faults(text) == ["line 6: per_task: expected task names, each with dotted keys."]
+
+
+OF_GLUE = sorted(path.stem for path in shipped.recipes().values() if path.stem.startswith("glue_"))
+
+
+@pytest.mark.parametrize("task", [name for name in glue.NAMES if name != "glue/wnli"])
+@pytest.mark.parametrize("name", OF_GLUE)
+def test_every_recipe_of_glue_holds_for_every_task_in_a_folder_of_its_own(
+    name: str, task: str
+) -> None:
+    recipe = recipes.load(shipped.find(name), [f"task.name={task}"])
+    assert recipe.output_dir == f"runs/glue-{recipe.adapter.variant}-{task.partition('/')[2]}"
+
+
+def test_each_method_has_a_recipe_of_glue() -> None:
+    assert [recipes.load(shipped.find(name)).adapter.variant for name in OF_GLUE] == [
+        "adalora", "blora", "lora", "olora", "sora",
+    ]  # fmt: skip

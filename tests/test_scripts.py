@@ -9,8 +9,11 @@ import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from lorakit import recipe as recipes
 
 ROOT = Path(__file__).parents[1]
 PINS = dict(
@@ -23,6 +26,28 @@ PINS = dict(
 def test_the_recipe_reference_is_what_its_script_writes() -> None:
     page = runpy.run_path(str(ROOT / "scripts" / "recipe_reference.py"))["page"]()
     assert (ROOT / "docs" / "recipe.md").read_text() == page
+
+
+def test_results_are_means_and_spreads_over_seeds_a_line_for_each_method() -> None:
+    def row(method: str, seed: int, accuracy: float, ranks: int) -> dict[str, object]:
+        scores = {"accuracy": accuracy, "loss": 0.5}
+        size = {"ranks": ranks, "parameters": 1000 * ranks, "kB": 4.0 * ranks}
+        return {"task": "sst2", "method": method, "seed": seed, "scores": scores, **size}
+
+    rows = [row("LoRA", 0, 90.0, 296), row("LoRA", 1, 92.0, 296), row("SoRA, half", 0, 91.0, 148)]
+    lines = runpy.run_path(str(ROOT / "scripts" / "results.py"))["markdown"](rows).splitlines()
+    assert lines[0] == "### sst2"
+    assert lines[4] == "| LoRA | 91.00 ± 1.41 | 296 | 296,000 | 1,184 |"
+    assert lines[5] == "| SoRA, half | 91.00 | 148 | 148,000 | 592 |"
+
+
+@pytest.mark.parametrize("method", runpy.run_path(str(ROOT / "scripts" / "results.py"))["METHODS"])
+def test_the_settings_of_every_method_make_a_recipe(method: str) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "results.py"))
+    job = script["Job"]("mrpc", method, 1)
+    given = SimpleNamespace(data_dir="d", out=Path("runs"), steps=None, overrides=["train.lr=5e-4"])
+    recipe = recipes.load(script["BASE"], script["settings"](job, given))
+    assert (recipe.train.steps, recipe.train.lr, recipe.seed) == (345, 5e-4, 1)
 
 
 def test_a_picture_holds_every_rank_and_asks_no_other_host() -> None:

@@ -11,12 +11,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from lorakit import optim
-from lorakit.adapter import Step
+from lorakit.adapter import Plan, Step
 from lorakit.errors import RecipeError
 from lorakit.sparsity import Sparsity
 from lorakit.train import place_of
 from lorakit.variants.lora import LoRAConfig
-from lorakit.variants.sora import ProximalGates, SoRAConfig, soft_threshold
+from lorakit.variants.sora import ProximalGates, SoRAConfig, SoRALinear, soft_threshold
 
 
 def config(**sparsity: Any) -> SoRAConfig:
@@ -113,6 +113,25 @@ def test_pruning_keeps_the_scale_of_the_start() -> None:
     layer.g.data = torch.tensor([1.0, 0, 0, 0])
     _, B = layer.factors()
     assert_close(B[:, 0], 8.0 / 4 * layer.B[:, 0])
+
+
+@pytest.mark.parametrize(("rank", "numbers"), [(1, 165_888), (8, 1_327_104), (16, 2_654_208)])
+def test_all_six_linears_of_deberta_v3_base_have_as_many_numbers_as_the_authors_count(
+    rank: int, numbers: int
+) -> None:
+    """12 blocks, 768 wide, 3,072 within; gates are folded in, and not counted."""
+    given = SoRAConfig(variant="sora", rank=rank)
+    shapes = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
+    pairs = [SoRALinear(nn.Linear(n, m), given, Plan(rank, 1.0)).factors() for n, m in shapes]
+    assert 12 * sum(pair.parameters for pair in pairs) == numbers
+
+
+def test_a_dead_rank_counts_the_widths_of_its_own_layer() -> None:
+    """The authors take twice the hidden size for each, which is right for squares alone."""
+    layer = SoRALinear(nn.Linear(768, 3072), config(), Plan(4, 1.0))
+    layer.g.data = torch.tensor([1.0, 0.0, 0.0, 2.0])
+    assert layer.factors().parameters == 2 * (768 + 3072)
+    assert layer.factors().parameters != 4 * (768 + 3072) - 2 * 2 * 768
 
 
 def test_turning_a_gate_and_its_column_round_changes_nothing() -> None:

@@ -83,6 +83,13 @@ def test_deaths_are_spread_evenly_and_the_least_useful_go_first() -> None:
     assert target.due(score, torch.ones(7), step=6).tolist()[:3] == [0.0] * 3
 
 
+def test_no_more_die_in_a_step_than_may_even_where_time_is_over() -> None:
+    target = Target(left=1.0, first=1, last=5, at_most=2)
+    for step in (5, 9):
+        due = target.due(torch.arange(6.0), torch.ones(6), step)
+        assert due.tolist() == [0.0, 0.0, 1.0, 1.0, 2.0, float("inf")]
+
+
 def test_what_a_rank_costs_is_weighed_against_its_use() -> None:
     target = Target(left=2.0, first=1, last=1, at_most=9)
     due = target.due(torch.tensor([3.0, 2.0, 2.5]), torch.tensor([4.0, 1.0, 1.0]), step=1)
