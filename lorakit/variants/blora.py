@@ -84,7 +84,7 @@ class Gates(Section):
     def _leaves_time_for_gates(cls, freeze: float, others: ValidationInfo) -> float:
         warmup = others.data.get("warmup", 0.0)
         if warmup + freeze >= 1:
-            raise ValueError(f"with warmup {warmup:g} it leaves no step to the gates")
+            raise ValueError(f"warmup {warmup:g} and freeze {freeze:g} leave no step to the gates")
         return freeze
 
 

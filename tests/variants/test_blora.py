@@ -501,8 +501,8 @@ def test_a_run_with_everything_quantised_is_scored_again_as_it_was(
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"warmup": 0.6, "freeze": 0.4}, "leaves no step to the gates"),
-        ({"warmup": 0.9}, "leaves no step to the gates"),
+        ({"warmup": 0.6, "freeze": 0.4}, "leave no step to the gates"),
+        ({"warmup": 0.9}, "leave no step to the gates"),
         ({"lambda_bits": -1.0}, "greater than or equal to 0"),
         ({"gate_init": -1.0}, "greater than -0.93"),
         ({"gate_lr": 0.0}, "greater than 0"),
