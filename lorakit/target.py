@@ -1,8 +1,8 @@
 """A target for the ranks kept: which of them die, and when, so that it is met at any run's length.
 
-Every step decides anew, from the scores of the ranks that live: those least useful for their cost
-are in line to die, as many as the target wants, one after the other and evenly over the steps left.
-So it is met exactly, whatever scores do meanwhile, without a strength that somebody must know.
+Every step decides anew, from the scores of the ranks that live: the least useful are in line to
+die, as many as the target wants, one after the other and evenly over the steps left. So it is met
+exactly, whatever scores do meanwhile, without a strength that somebody must know.
 """
 
 from typing import NamedTuple
@@ -37,9 +37,11 @@ class Target(NamedTuple):
     def due(self, score: Tensor, cost: Tensor, step: int) -> Tensor:
         """The steps each living rank has still to go, (k,): 0 dies in this, infinity stays.
 
-        `score` and `cost`, (k,), are how useful a rank is and what it costs.
+        `score` and `cost`, (k,), are how useful a rank is and what it costs. The order is that of
+        the scores: they say which rank is more useful, not how many times, so a score for the cost
+        would only let the dearest die first.
         """
-        line = (score / cost).argsort(stable=True)
+        line = score.argsort(stable=True)
         count, steps = dying(cost[line], self.left), max(1, self.last + 1 - step)
         place = torch.arange(count, device=score.device)
         even = ((place + 1) * steps + count - 1) // max(1, count) - 1

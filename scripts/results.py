@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "recipes" / "lora_sst2.yaml"
-STEPS = {"sst2": 600, "mrpc": 345}
+STEPS = {"sst2": 400, "mrpc": 345}
 METHODS: dict[str, tuple[str, ...]] = {
     "LoRA": (),
     "SoRA, half": ("adapter.variant=sora", "adapter.sparsity.keep=0.5"),
     "SoRA, quarter": ("adapter.variant=sora", "adapter.sparsity.keep=0.25"),
-    "B-LoRA": ("adapter.variant=blora",),
+    "B-LoRA": ("adapter.variant=blora", "adapter.gates.lambda_ranks=2e-2"),
     "OLoRA": ("adapter.variant=olora",),
     "AdaLoRA, half": (
         *("adapter.variant=adalora", "adapter.budget.target=4"),

@@ -90,10 +90,19 @@ def test_no_more_die_in_a_step_than_may_even_where_time_is_over() -> None:
         assert due.tolist() == [0.0, 0.0, 1.0, 1.0, 2.0, float("inf")]
 
 
-def test_what_a_rank_costs_is_weighed_against_its_use() -> None:
+def test_a_dear_rank_dies_in_its_turn_and_fewer_follow_it() -> None:
     target = Target(left=2.0, first=1, last=1, at_most=9)
-    due = target.due(torch.tensor([3.0, 2.0, 2.5]), torch.tensor([4.0, 1.0, 1.0]), step=1)
-    assert due.tolist() == [0.0, float("inf"), float("inf")]
+    score = torch.tensor([3.0, 2.0, 2.5])
+    assert target.due(score, torch.tensor([1.0, 4.0, 1.0]), step=1).isfinite().tolist() == [
+        False,
+        True,
+        False,
+    ]
+    assert target.due(score, torch.tensor([1.0, 1.0, 4.0]), step=1).isfinite().tolist() == [
+        False,
+        True,
+        True,
+    ]
 
 
 # the run
