@@ -339,6 +339,10 @@ class Controller(Generic[L, C]):
         """Called after the optimizer moved the weights, gradients still present."""
         return {}
 
+    def compacts(self) -> bool:
+        """Whether `after_step` may ask for compaction, for which a run must be one process."""
+        return False
+
     def settled(self) -> bool:
         """Whether ranks have come to rest; until then no checkpoint is called the best."""
         return True

@@ -14,7 +14,7 @@ from lorakit.checkpoint import Meta
 from lorakit.disk import refuse_existing, whole_folder, write_text
 from lorakit.engine import Engine
 from lorakit.environment import environment
-from lorakit.errors import FolderError, several
+from lorakit.errors import FolderError, RecipeError, several
 from lorakit.prepare import Prepared, prepare
 from lorakit.sections import Recipe
 from lorakit.train import Progress, Row, Timetable, Trainee, finished, train
@@ -162,15 +162,23 @@ def check_resumable(recipe: Recipe, folder: Path) -> None:
         raise FolderError(several(f"--resume: {folder} was started with another recipe", changed))
 
 
-def _controller(prepared: Prepared) -> Controller[Any, Any]:
+def _controller(prepared: Prepared, processes: int = 1) -> Controller[Any, Any]:
     config = prepared.recipe.adapter
     make = variants.get(config.variant).controller
-    return make(prepared.layers, config, prepared.timetable.steps)
+    controller = make(prepared.layers, config, prepared.timetable.steps)
+    if controller.compacts() and processes > 1:  # data-parallel training holds on to parameters
+        raise RecipeError(
+            f"adapter: layers can be compacted in one process only; these are {processes}. Turn "
+            "compaction off: dead ranks then stay where they are, and nothing else changes."
+        )
+    return controller
 
 
 def _trainee(prepared: Prepared, engine: Engine) -> Trainee:
     model = prepared.base.model.to(engine.device)
-    controller = _controller(prepared)  # first: it may set rates by the run's length
+    controller = _controller(
+        prepared, engine.processes
+    )  # first: it may set rates by the run's length
     optimizer = optim.adamw(model, prepared.layers, prepared.recipe.train)
     return Trainee(model, prepared.layers, controller, optimizer, Progress())
 

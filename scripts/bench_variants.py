@@ -177,6 +177,8 @@ def own_peak(variant: str, setting: Setting, steps: int) -> int:
     next(first.task.steps(1, 1, seed=0))
     before = resident("VmRSS")
     runner = Runner(variant, setting, steps + 1, first.task)
+    for p in runner.trainee.model.parameters():
+        p.sum()  # a file's weights are resident when they have been read
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident
     runner.take(steps)
     return resident("VmHWM") - before - runner.base_bytes()

@@ -29,7 +29,25 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(
     same(Path("runs/two"), Path("runs/one"))
 
 
-def in_two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
+def test_two_processes_learn_bits_and_ranks_as_one_does(
+    recipe: Path, lorakit: Callable[..., Any]
+) -> None:
+    """The noise of the gates is the same in both, and so is their penalty's share."""
+    settings = ("adapter.variant=blora", "train.steps=6", "model.dropout=0.0", "train.log_every=1")
+    one = lorakit("train", recipe, *settings, "train.batch_size=16", "output_dir=runs/one")
+    assert one.code == 0, one.err
+    in_two_processes("train", recipe, *settings, "train.batch_size=8", "output_dir=runs/two")
+    same(Path("runs/two"), Path("runs/one"))
+
+
+def test_compaction_is_refused_in_two_processes_before_anything_is_written(recipe: Path) -> None:
+    sora = ("adapter.variant=sora", "adapter.sparsity={xi: 0.05, compact: true}")
+    done = in_two_processes("train", recipe, *sora, code=2)
+    assert "layers can be compacted in one process only; these are 2" in done.stderr
+    assert not Path("runs/tiny").exists()
+
+
+def in_two_processes(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "lorakit"]
     done = subprocess.run(
         [*command, *map(str, arguments)],
@@ -38,7 +56,7 @@ def in_two_processes(*arguments: object) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode == 0) == (code == 0), done.stderr  # torchrun has a code of its own
     return done
 
 

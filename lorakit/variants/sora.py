@@ -160,6 +160,9 @@ class ProximalGates(Controller[SoRALinear, SoRAConfig]):
             xi.append(own)
         return torch.cat(xi)
 
+    def compacts(self) -> bool:
+        return self.sparsity.compact
+
     def settled(self) -> bool:
         """Gates have died, and for a tenth of the run none has died or come back.
 
