@@ -293,6 +293,10 @@ class Stage(NamedTuple):
     """Its peak learning rates, as a share of the recipe's; 0 freezes the weights."""
 
 
+def _nothing_to_forget(parameter: nn.Parameter) -> None:
+    """Where there is no optimizer."""
+
+
 @dataclass(frozen=True)
 class Step:
     """What a controller is told about a step."""
@@ -307,6 +311,8 @@ class Step:
     """Which of the controller's stages it is in; counts from 0."""
     moment: Callable[[nn.Parameter], Tensor] = torch.zeros_like
     """A parameter's second moment in Adam, v_hat, in its shape; 0 before its first gradient."""
+    forget: Callable[[nn.Parameter], None] = _nothing_to_forget
+    """Drops the optimizer's moments of a parameter that has been rewritten."""
 
 
 L = TypeVar("L", bound=Adapter)

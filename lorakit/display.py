@@ -56,6 +56,10 @@ class Watch:
         if not self.quiet:
             self.console.print(f"· {text}", highlight=False, markup=False)
 
+    def warn(self, text: str) -> None:
+        """What must not be missed, said even where all else is silent."""
+        self.console.print(f"WARNING: {text}", style="bold yellow", highlight=False, markup=False)
+
     def begin(self, done: int, timetable: Any, start_ranks: int) -> None:
         """Starts the bar, `done` steps in."""
         self.steps, self.first, self.start_ranks = timetable.steps, done, start_ranks
@@ -84,13 +88,14 @@ class Watch:
             return
         if "ranks" not in row:
             named = {k: v for k, v in row.items() if isinstance(v, float)}
-            self.console.print(f"step {row['step']:>5}  {scores(named)}", highlight=False)
+            line = f"step {row['step']:>5}  {scores(named)}"
+            self.console.print(line, highlight=False, soft_wrap=True)
         elif self.bar is not None:
             self.bar.update(self.bar.task_ids[0], numbers=self._numbers(row))
         else:
             left = _duration(self._seconds_left(row["step"]))
             line = f"step {row['step']:>5}/{self.steps}  {self._numbers(row)}  {left} left"
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _numbers(self, row: Mapping[str, Any]) -> str:
         live = sum(row["ranks"].values())

@@ -70,6 +70,15 @@ def set_rates(optimizer: Optimizer, share: float) -> None:
         group["lr"] = group["peak"] * share
 
 
+def forgetting(optimizer: Optimizer) -> Callable[[nn.Parameter], None]:
+    """A function that drops a parameter's moments: Adam begins anew with it."""
+
+    def forget(p: nn.Parameter) -> None:
+        optimizer.state.pop(p, None)
+
+    return forget
+
+
 def parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     """All that the optimizer moves."""
     return [p for group in optimizer.param_groups for p in group["params"]]

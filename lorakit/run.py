@@ -26,6 +26,9 @@ class Screen(Protocol):
     def note(self, text: str) -> None:
         """A thing to be said aloud, once."""
 
+    def warn(self, text: str) -> None:
+        """A thing not to be missed."""
+
     def begin(self, done: int, timetable: Timetable, start_ranks: int) -> None:
         """Training starts, `done` steps in; so many ranks there are to learn from."""
 
@@ -48,6 +51,8 @@ class Outcome:
     live: int
     start: int
     """Ranks in all: live at the end, and at the start."""
+    warnings: tuple[str, ...]
+    """What a person must know of how it went."""
 
 
 def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome | None:
@@ -88,11 +93,9 @@ def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome | None:
         train(trainee, prepared.task, recipe.train, timetable, recipe.seed, engine, journal)
     if not engine.is_main:
         return None
-    for warning in trainee.controller.ended():
-        say(f"WARNING: {warning}")
-    outcome = _outcome(folder, prepared, progress)
-    if not outcome.live:
-        say("every rank has died: the adapter does nothing; push less, or train longer")
+    outcome = _outcome(folder, prepared, trainee)
+    for warning in outcome.warnings:
+        screen.warn(warning)
     return outcome
 
 
@@ -220,15 +223,19 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _outcome(folder: Path, prepared: Prepared, progress: Progress) -> Outcome:
+def _outcome(folder: Path, prepared: Prepared, trainee: Trainee) -> Outcome:
     chosen = checkpoint.meta(checkpoint.find(folder))
+    live, warnings = sum(layer.rank() for layer in trainee.layers.values()), []
+    if not live:
+        warnings.append("every rank has died: the adapter does nothing; push less, or train longer")
     return Outcome(
         run=folder,
-        step=progress.step,
-        best_step=progress.best_step,
+        step=trainee.progress.step,
+        best_step=trainee.progress.best_step,
         scores=chosen.scores,
-        live=sum(layer.rank() for layer in prepared.layers.values()),
+        live=live,
         start=sum(planned.rank for planned in prepared.plans.values()),
+        warnings=(*warnings, *trainee.controller.ended()),
     )
 
 

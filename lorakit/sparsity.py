@@ -26,6 +26,7 @@ Schedule = Literal["constant", "linear", "log-linear", "exp-linear"]
 
 GROUNDS: Mapping[str, tuple[str, object, str]] = {
     "of": ("keep", None, "it is the unit of `keep`, which is not given"),
+    "basis": ("keep", None, "it says which ranks die for `keep`, which is not given"),
     "l1": ("mode", "prox", "it belongs to `mode: reference`"),
     "floor": ("metric", "rate", "it belongs to `metric: adam`"),
     "start": ("schedule", "constant", "it belongs to a growing `schedule`"),
@@ -53,6 +54,10 @@ class Sparsity(Section):
     instead of `lambda` or `xi`, at any length of the run."""
     of: Literal["ranks", "parameters"] = "ranks"
     """What `keep` is a share of; a rank has n + m parameters."""
+    basis: Literal["principal", "own"] = "principal"
+    """With `keep`, which ranks may die: principal axes of every update, into whose SVD the pair is
+    rewritten when the first is due, with gates in proportion to singular values; or the ranks as
+    they were trained, as in the paper."""
     l1: NonNegativeFloat = 0.0
     """With `mode: reference`, a term of the loss as well: l1 times the mean of |g| over all
     gates."""

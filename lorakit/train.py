@@ -181,7 +181,7 @@ def train(
     progress, controller, optimizer = trainee.progress, trainee.controller, trainee.optimizer
     model, stages = engine.prepare(trainee.model).train(), controller.stages()
     weights, rate = optim.parameters(optimizer), optim.rates(optimizer)
-    moment = optim.second_moments(optimizer)
+    moment, forget = optim.second_moments(optimizer), optim.forgetting(optimizer)
     stream = task.steps(
         section.batch_size, section.accumulate * engine.processes, seed, start=progress.step
     )
@@ -196,7 +196,7 @@ def train(
         place = place_of(step, stages)
         share = place.stage.rate * optim.factor(place.step, place.stage.steps, section)
         optim.set_rates(optimizer, share)
-        ctx = Step(step, timetable.steps, rate, place.number, moment)
+        ctx = Step(step, timetable.steps, rate, place.number, moment, forget)
 
         # the gradient: every batch adds its part of the mean over all items of the step
         batches = next(stream)

@@ -28,6 +28,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "LoRA": (),
     "SoRA, half": ("adapter.variant=sora", "adapter.sparsity.keep=0.5"),
     "SoRA, quarter": ("adapter.variant=sora", "adapter.sparsity.keep=0.25"),
+    "SoRA, tenth": ("adapter.variant=sora", "adapter.sparsity.keep=0.1"),
     "B-LoRA": ("adapter.variant=blora", "adapter.gates.lambda_ranks=2e-2"),
     "OLoRA": ("adapter.variant=olora",),
     "AdaLoRA, half": (
@@ -35,7 +36,7 @@ METHODS: dict[str, tuple[str, ...]] = {
         *("adapter.alpha=64", "train.lr=2e-3"),  # E, A and B all start near 0
     ),
 }
-RIVALS = {"LoRA cut to half": 0.5, "LoRA cut to a quarter": 0.25}
+RIVALS = {"LoRA cut to half": 0.5, "LoRA cut to a quarter": 0.25, "LoRA cut to a tenth": 0.1}
 """Shares of LoRA's parameters that `prune --keep` leaves."""
 
 Row = dict[str, Any]
@@ -79,19 +80,17 @@ def settings(job: Job, given: argparse.Namespace) -> list[str]:
     ]
 
 
-def measure(job: Job, given: argparse.Namespace) -> list[Row]:
-    """Trains, prunes and scores; LoRA is also cut to its rivals' sizes."""
+def measure(job: Job, given: argparse.Namespace) -> Row:
+    """Trains, prunes and scores; a rival is cut from the LoRA of its task and seed."""
+    if job.method in RIVALS:
+        run, keep = job._replace(method="LoRA").folder(given.out), RIVALS[job.method]
+        cut = _pruned(run, run / f"keep-{keep:g}", "--keep", keep, "--of", "parameters")
+        return {**job._asdict(), **cut}
     run = job.folder(given.out)
     if not (run / "checkpoints" / "last").exists():
         resume = ["--resume"] if run.exists() else []
         lorakit("train", BASE, *settings(job, given), *resume)
-    rows = [{**job._asdict(), **_pruned(run, run / "pruned")}]
-    if job.method == "LoRA":
-        for name, keep in RIVALS.items():
-            out = run / f"keep-{keep:g}"
-            cut = _pruned(run, out, "--keep", keep, "--of", "parameters")
-            rows.append({**job._asdict(), "method": name, **cut})
-    return rows
+    return {**job._asdict(), **_pruned(run, run / "pruned")}
 
 
 def _pruned(run: Path, out: Path, *options: object) -> Row:
@@ -155,16 +154,17 @@ def main() -> None:
     file, lock = given.out / "results.jsonl", Lock()
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(row["task"], row["method"], row["seed"]) for row in rows}
-    jobs = [Job(t, m, s) for s in given.seeds for t in given.tasks for m in given.methods]
 
     def work(job: Job) -> None:
-        for row in measure(job, given):
-            with lock, file.open("a") as out:
-                out.write(json.dumps(row) + "\n")
-                rows.append(row)
+        row = measure(job, given)
+        with lock, file.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+            rows.append(row)
 
-    with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(work, [job for job in jobs if job not in done]))
+    for chosen in (given.methods, RIVALS if "LoRA" in given.methods else ()):
+        jobs = [Job(t, m, s) for s in given.seeds for t in given.tasks for m in chosen]
+        with ThreadPoolExecutor(given.jobs) as pool:
+            list(pool.map(work, [job for job in jobs if job not in done]))
     order = [*METHODS, *RIVALS]
     print(markdown(sorted(rows, key=lambda row: (row["task"], order.index(row["method"])))))
 

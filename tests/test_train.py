@@ -1,5 +1,6 @@
 """What the loop promises, seen by spies."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,9 @@ def test_what_a_variant_says_at_the_end_reaches_the_screen(
     answer = lorakit("train", recipe)
     assert answer.code == 0
     assert "WARNING: no gate has moved" in answer.err
+    answer = lorakit("train", recipe, "output_dir=runs/other", "--json")
+    assert "WARNING: no gate has moved" in answer.err
+    assert json.loads(answer.out)["warnings"] == ["no gate has moved"]
 
 
 def test_a_run_that_did_not_do_what_was_asked_fails_and_keeps_its_checkpoints(

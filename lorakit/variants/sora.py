@@ -47,6 +47,7 @@ from lorakit.adapter import (
     thin,
 )
 from lorakit.errors import RecipeError
+from lorakit.linalg import ThinSVD, product_svd
 from lorakit.sparsity import Sparsity
 from lorakit.target import Target
 
@@ -88,6 +89,17 @@ class SoRALinear(Adapter):
         if config.sparsity.gate_init == "normal" and plan.start is None:
             nn.init.normal_(self.g)
         self.gate_lr = config.sparsity.gate_lr
+
+    def principal(self) -> ThinSVD:
+        """The SVD of B diag(g) A."""
+        return product_svd(self.A.detach(), (self.g * self.B).detach())
+
+    @torch.no_grad()
+    def turn(self, svd: ThinSVD, unit: Tensor) -> None:
+        """Rewrites B diag(g) A as its SVD, U S Vh, with gates S / `unit`; dW stays."""
+        self.A.copy_(unit.sqrt() * svd.Vh)
+        self.B.copy_(unit.sqrt() * svd.U)
+        self.g.copy_(svd.S / unit)
 
     def update(self, x: Tensor) -> Tensor:
         return thin(x, self.A, self.scale * self.g * self.B)  # gates on (m, r), not on (..., r)
@@ -173,9 +185,8 @@ class ProximalGates(Controller[SoRALinear, SoRAConfig]):
         return not at_work or (self.moved > 0 and quiet)
 
     def told(self) -> Mapping[str, float]:
-        """The mean threshold, and the share of gates that live."""
-        share = float(self.live.sum()) / self.gates
-        return {"xi": float(f"{float(self.pushed):.3g}"), "live": round(share, 4)}
+        """The mean threshold."""
+        return {"xi": float(f"{float(self.pushed):.3g}")}
 
     def ended(self) -> tuple[str, ...]:
         if self.sparsity.strength == 0 or self.moved:
@@ -221,7 +232,12 @@ class GatesToTarget(ProximalGates):
     gate in line to die has xi = |u| / (d + 1), d the steps it has to go, and so comes to 0 evenly
     where no gradient moves it. Then dead gates stay dead, and nothing pushes the others.
 
-    Gates start equal and Adam moves each by eta_t times the steadiness of its gradient, so |g| is
+    When the first is due, every layer is turned into its principal axes, by the SVD of
+    B diag(g) A, with gates in proportion to singular values. Ranks as they were trained share the
+    same few directions, and each that dies takes a part of all of them along; principal axes can
+    be parted with. Where nothing were learnt on the way, this would leave what truncating the
+    finished update leaves (`lorakit prune --keep`). With `basis: own` ranks stay as they are: gates
+    start equal there and Adam moves each by eta_t times the steadiness of its gradient, so |g| is
     the sum of what the loss has asked for. |g| |A_i| |B_i|, the size of the update, and
     |g| sqrt(v_hat), what the loss feels of it by Fisher's information, chose worse when tried.
     """
@@ -238,6 +254,22 @@ class GatesToTarget(ProximalGates):
                 f"{self.gates} ranks may die in a step, and in the first three quarters of "
                 f"{steps} steps not so many can; train longer."
             )
+
+    def after_step(self, ctx: Step) -> Kept:
+        if ctx.step == self.target.first and self.sparsity.basis == "principal":
+            self._turn(ctx)
+        return super().after_step(ctx)
+
+    def _turn(self, ctx: Step) -> None:
+        """Turns every layer into its principal axes; of all gates together the mean is 1."""
+        svds = [layer.principal() for layer in self.layers.values()]
+        unit = torch.cat([svd.S for svd in svds]).mean()
+        if not unit:  # nothing has been learnt
+            return
+        for layer, svd in zip(self.layers.values(), svds, strict=True):
+            layer.turn(svd, unit)
+            for rewritten in (layer.A, layer.B, layer.g):
+                ctx.forget(rewritten)
 
     def thresholds(self, ctx: Step) -> Tensor:
         u, xi = self._gates(), torch.zeros_like(self.live, dtype=torch.float32)
