@@ -30,6 +30,9 @@ class Mutant(NamedTuple):
 LAWS, SORA = "tests/test_variant_laws.py", "tests/variants/test_sora.py"
 TRAIN, PRUNE, PEFT = "tests/test_train.py", "tests/test_prune.py", "tests/test_peft_format.py"
 INJECT, CHECKPOINT = "tests/test_inject.py", "tests/test_checkpoint.py"
+COMPACT, KEEP = "tests/variants/test_sora_compact.py", "tests/variants/test_sora_keep.py"
+AXES, ADALORA = "tests/variants/test_sora_axes.py", "tests/variants/test_adalora.py"
+Q, PER_TASK = "tests/test_quantizer.py", "tests/test_per_task.py"
 MODELS, LORA, DATA = "tests/test_models.py", "tests/variants/test_lora.py", "tests/test_data.py"
 
 MUTANTS = [
@@ -75,7 +78,9 @@ MUTANTS = [
         "a start is scaled twice",
         INJECT,
     ),
-    Mutant("adapter.py", "return y + self.update(", "return self.update(", "base path lost", LAWS),
+    Mutant("adapter.py", "self.base_output(x) + ", "", "base path lost", LAWS),
+    Mutant("adapter.py", "self.A - self.A0", "self.A", "the start is not subtracted", LAWS),
+    Mutant("adapter.py", "kept.to(old.device)", "kept.flip(0)", "compaction mixes ranks", LAWS),
     Mutant("inject.py", "model.requires_grad_(False)", "pass", "model not frozen", INJECT),
     Mutant(
         "inject.py", "module.float().requires_grad_(True)", "module.float()", "head frozen", INJECT
@@ -87,6 +92,29 @@ MUTANTS = [
         "the head is adapted",
         INJECT,
     ),
+    Mutant("variants/sora.py", "layer.g.mul_(live)", "pass", "the dead come back", COMPACT),
+    Mutant("variants/sora.py", "layer.g.grad.mul_(live)", "pass", "the dead are clipped", COMPACT),
+    Mutant("variants/sora.py", "svd.S / unit", "svd.S / svd.S.mean()", "a unit a layer", AXES),
+    Mutant("variants/sora.py", "ctx.forget(rewritten)", "pass", "old moments stay", AXES),
+    Mutant("target.py", "place // self.at_most", "0 * place", "all may die at once", KEEP),
+    Mutant("target.py", "3 * steps // 4", "steps", "no finish", KEEP),
+    Mutant(
+        "quantizer.py", "clamp_(-tops, tops)", "clamp_(-tops - 1, tops + 1)", "a code too wide", Q
+    ),
+    Mutant(
+        "quantizer.py", "passed = grad * inside", "passed = grad", "no clipping of gradients", Q
+    ),
+    Mutant("variants/adalora.py", "(now - sensitivity)", "now", "uncertainty", ADALORA),
+    Mutant(
+        "optim.py",
+        "index_select(axis, kept.to(value.device))",
+        "narrow(axis, 0, len(kept))",
+        "moments of others",
+        LAWS,
+    ),
+    Mutant("train.py", "if i == len(batches) else None", "", "a penalty for every batch", TRAIN),
+    Mutant("train.py", "place.stage.rate * ", "", "frozen stages train", TRAIN),
+    Mutant("recipe.py", "_choose_task(document, overrides)", "pass", "per_task unread", PER_TASK),
     Mutant("models.py", "torch.manual_seed(seed)", "pass", "the head's start drifts", MODELS),
     Mutant("optim.py", "own = special.get(id(p), {})", "own = {}", "optim() ignored", SORA),
     Mutant("optim.py", "(step - 1 - warm)", "(step - warm)", "the last step has rate 0", TRAIN),
@@ -107,7 +135,9 @@ MUTANTS = [
     ),
     Mutant("train.py", "if controller.settled():", "if True:", "best while ranks move", TRAIN),
     Mutant("train.py", "if isfinite(loss) and isfinite(norm):", "if True:", "nan goes on", TRAIN),
-    Mutant("train.py", "start=progress.step)", "start=0)", "resume repeats the rows", LAWS),
+    Mutant(
+        "train.py", "seed, start=progress.step", "seed, start=0", "resume repeats the rows", LAWS
+    ),
     Mutant(
         "checkpoint.py",
         'torch.set_rng_state(parts["random"].pop("cpu"))',
