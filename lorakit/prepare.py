@@ -14,7 +14,7 @@ from lorakit.errors import FolderError, NotLowRankError, RecipeError, nearest, s
 from lorakit.inject import Layers, inject, plan, sites, trained_whole
 from lorakit.memory import Estimate, estimate
 from lorakit.sections import Recipe
-from lorakit.train import Timetable
+from lorakit.timetable import Timetable
 from lorakit.trained import pairs_at, ranks_at
 
 T = TypeVar("T")

@@ -17,7 +17,8 @@ from lorakit.environment import environment
 from lorakit.errors import FolderError, RecipeError, several
 from lorakit.prepare import Prepared, prepare
 from lorakit.sections import Recipe
-from lorakit.train import Progress, Row, Timetable, Trainee, finished, train
+from lorakit.timetable import Timetable
+from lorakit.train import Progress, Row, Trainee, finished, train
 
 
 class Screen(Protocol):

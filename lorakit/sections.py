@@ -14,7 +14,7 @@ from lorakit.data import DataSection
 from lorakit.models import ModelSection
 from lorakit.schema import Section
 from lorakit.tasks import OWN, TaskSection
-from lorakit.train import TrainSection
+from lorakit.timetable import TrainSection
 from lorakit.yamltext import Path as KeyPath
 
 if TYPE_CHECKING:

@@ -6,17 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from time import perf_counter
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from pydantic import (
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
 from torch import nn
 from torch.optim import Optimizer
 
@@ -25,83 +17,14 @@ from lorakit.adapter import Adapter, Controller, Kept, Stage, Step
 from lorakit.data.batching import Batch
 from lorakit.engine import Engine
 from lorakit.errors import DataError
-from lorakit.optim import OptimSection
 from lorakit.tasks import Task, evaluate
+from lorakit.timetable import Timetable, TrainSection
 
 Row = dict[str, Any]
-Interval = PositiveInt | Annotated[str, Field(pattern=r"^[1-9]\d* epochs?$")] | None
-
 
 SAMPLE = 1000
 """Training rows scored at the end of each stage: what the model remembers of what it has seen
 (sparsifying scheduler of SoRA, Algorithm 1; the number is that of its authors' code)."""
-
-
-class TrainSection(OptimSection):
-    """How long, in what portions, and what is kept."""
-
-    epochs: PositiveFloat | None = 3
-    """Passes over the training rows."""
-    steps: PositiveInt | None = Field(None, validate_default=True)
-    """Optimizer steps, instead of `epochs`."""
-    batch_size: PositiveInt = 32
-    """Rows in one forward pass of one process."""
-    accumulate: PositiveInt = 1
-    """Forward passes in one optimizer step."""
-    eval_batch_size: PositiveInt = 64
-    """Rows in one forward pass when scoring."""
-    clip: PositiveFloat | None = 1.0
-    """Joint gradient norm to clip to; null: none."""
-    log_every: PositiveInt = 10
-    """Steps between rows of metrics.jsonl."""
-    eval_every: Interval = 100
-    """Steps between evaluations, or `1 epoch`, `2 epochs`; null: at the end only."""
-    save_every: Interval = 100
-    """Steps between checkpoints, or epochs as above; null: at the end, and the best."""
-    best: str | None = None
-    """Metric that picks the best checkpoint, once ranks have settled; null: the task's first."""
-    patience: PositiveInt | None = None
-    """Stop after so many evaluations without a better one; null: never."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _steps_replace_epochs(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and given.get("steps") is not None and "epochs" not in given:
-            return {**given, "epochs": None}
-        return given
-
-    @field_validator("steps")
-    @classmethod
-    def _one_length(cls, steps: int | None, others: ValidationInfo) -> int | None:
-        if "epochs" in others.data and (others.data["epochs"] is None) == (steps is None):
-            raise ValueError(
-                "give `epochs` or `steps`, one of them; "
-                "train.steps=N takes '~train.epochs' beside it where the recipe names epochs"
-            )
-        return steps
-
-    def timetable(self, steps_an_epoch: int) -> Timetable:
-        """The run's length and intervals in steps."""
-        steps = self.steps or max(1, round((self.epochs or 0) * steps_an_epoch))
-        return Timetable(
-            steps,
-            self.log_every,
-            _interval(self.eval_every, steps_an_epoch),
-            _interval(self.save_every, steps_an_epoch),
-        )
-
-
-class Timetable(NamedTuple):
-    """When things happen, in optimizer steps; None: only at the end."""
-
-    steps: int
-    log_every: int
-    eval_every: int | None
-    save_every: int | None
-
-    def due(self, step: int, every: int | None) -> bool:
-        """Whether something done `every` so many steps, and at the last one, falls on `step`."""
-        return step == self.steps or (every is not None and step % every == 0)
 
 
 @dataclass
@@ -332,10 +255,3 @@ def refuse_non_finite(loss: float, norm: float, step: int, rows: Sequence[int]) 
         f"{', '.join(map(str, rows))}\n  A lower train.lr or model.precision=fp32 may help; "
         "--resume goes on from the last checkpoint."
     )
-
-
-def _interval(every: int | str | None, steps_an_epoch: int) -> int | None:
-    """`100` or `2 epochs`, in steps."""
-    if isinstance(every, str):
-        return int(every.split()[0]) * steps_an_epoch
-    return every

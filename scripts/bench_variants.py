@@ -42,7 +42,8 @@ from lorakit import optim, recipe, variants
 from lorakit.engine import Engine
 from lorakit.prepare import prepare
 from lorakit.tasks import Task
-from lorakit.train import Timetable, Trainee, TrainSection, train
+from lorakit.timetable import Timetable, TrainSection
+from lorakit.train import Trainee, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "lora_sst2.yaml"
 PLAIN = "lora"

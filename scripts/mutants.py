@@ -79,7 +79,7 @@ MUTANTS = [
         INJECT,
     ),
     Mutant("adapter.py", "self.base_output(x) + ", "", "base path lost", LAWS),
-    Mutant("adapter.py", "self.A - self.A0", "self.A", "the start is not subtracted", LAWS),
+    Mutant("subtracted.py", "self.A - self.A0", "self.A", "the start is not subtracted", LAWS),
     Mutant("adapter.py", "kept.to(old.device)", "kept.flip(0)", "compaction mixes ranks", LAWS),
     Mutant("inject.py", "model.requires_grad_(False)", "pass", "model not frozen", INJECT),
     Mutant(

@@ -18,7 +18,8 @@ from lorakit.data.batching import Batch, steps, steps_in_epoch
 from lorakit.engine import Engine
 from lorakit.inject import Layers, inject, plan, sites
 from lorakit.models import Head
-from lorakit.train import Trainee, TrainSection, train
+from lorakit.timetable import TrainSection
+from lorakit.train import Trainee, train
 
 WIDTH = 16
 

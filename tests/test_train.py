@@ -15,7 +15,8 @@ from lorakit import optim
 from lorakit.adapter import Controller, Kept, Stage, Step
 from lorakit.data.batching import Batch
 from lorakit.errors import DataError, LorakitError
-from lorakit.train import Timetable, Trainee, headline
+from lorakit.timetable import Timetable
+from lorakit.train import Trainee, headline
 from lorakit.variants import lora
 from lorakit.variants.lora import LoRAConfig, LoRALinear
 

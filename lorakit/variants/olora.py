@@ -17,7 +17,8 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from lorakit.adapter import Factors, Promises, Subtracted, SubtractedConfig, Variant
+from lorakit.adapter import Factors, Promises, Variant
+from lorakit.subtracted import Subtracted, SubtractedConfig
 
 
 class OLoRAConfig(SubtractedConfig):

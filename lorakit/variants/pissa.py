@@ -17,7 +17,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from lorakit.adapter import Factors, Promises, Subtracted, SubtractedConfig, Variant
+from lorakit.adapter import Factors, Promises, Variant
+from lorakit.subtracted import Subtracted, SubtractedConfig
 
 
 class PiSSAConfig(SubtractedConfig):
