@@ -99,11 +99,13 @@ def _pruned(run: Path, out: Path, *options: object) -> Row:
         lorakit("prune", run, "--out", out, *options)
     card = json.loads((out / "lorakit.json").read_text())
     scored = lorakit("eval", out, "--batch-size", 128)
+    forms = card.get("bytes_by_form", {"plain": card["bytes"][1]})
     return {
         "scores": scored["scores"],
         "ranks": sum(card["ranks"].values()),
         "parameters": card["parameters"][1],
-        "kB": card["bytes"][1] / 1000,
+        "kB": forms["plain"] / 1000,
+        "packed": forms["packed"] / 1000 if "packed" in forms else None,
     }
 
 
@@ -113,7 +115,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         metrics = [name for name in of_task[0]["scores"] if name != "loss"]
-        head = ["method", *metrics, "ranks", "parameters", "kB"]
+        head = ["method", *metrics, "ranks", "parameters", "kB", "packed"]
         lines = [f"### {task}", "", _line(head), _line(["---", *["---:"] * (len(head) - 1)])]
         for method in dict.fromkeys(row["method"] for row in of_task):
             seeds = [row for row in of_task if row["method"] == method]
@@ -121,6 +123,8 @@ def markdown(rows: Sequence[Row]) -> str:
             cells += [_spread((row["ranks"] for row in seeds), 0)]
             cells += [_spread((row["parameters"] for row in seeds), 0)]
             cells += [_spread((row["kB"] for row in seeds), 0)]
+            packed = [row["packed"] for row in seeds if row["packed"]]
+            cells += [_spread(packed, 0) if packed else ""]
             lines.append(_line([method, *cells]))
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -32,13 +32,14 @@ def test_results_are_means_and_spreads_over_seeds_a_line_for_each_method() -> No
     def row(method: str, seed: int, accuracy: float, ranks: int) -> dict[str, object]:
         scores = {"accuracy": accuracy, "loss": 0.5}
         size = {"ranks": ranks, "parameters": 1000 * ranks, "kB": 4.0 * ranks}
+        size["packed"] = 0.5 * ranks if method == "B-LoRA" else None
         return {"task": "sst2", "method": method, "seed": seed, "scores": scores, **size}
 
-    rows = [row("LoRA", 0, 90.0, 296), row("LoRA", 1, 92.0, 296), row("SoRA, half", 0, 91.0, 148)]
+    rows = [row("LoRA", 0, 90.0, 296), row("LoRA", 1, 92.0, 296), row("B-LoRA", 0, 91.0, 148)]
     lines = runpy.run_path(str(ROOT / "scripts" / "results.py"))["markdown"](rows).splitlines()
     assert lines[0] == "### sst2"
-    assert lines[4] == "| LoRA | 91.00 ± 1.41 | 296 | 296,000 | 1,184 |"
-    assert lines[5] == "| SoRA, half | 91.00 | 148 | 148,000 | 592 |"
+    assert lines[4] == "| LoRA | 91.00 ± 1.41 | 296 | 296,000 | 1,184 |  |"
+    assert lines[5] == "| B-LoRA | 91.00 | 148 | 148,000 | 592 | 74 |"
 
 
 @pytest.mark.parametrize("method", runpy.run_path(str(ROOT / "scripts" / "results.py"))["METHODS"])
