@@ -127,7 +127,7 @@ def with_codes(base: models.Base, adapter: PackedAdapter, origin: Path) -> Layer
 def _refuse_misfits(
     base: models.Base,
     shapes: Mapping[str, tuple[int, int]],
-    whole: Mapping[str, Any],
+    whole: Mapping[str, Mapping[str, Tensor]],
     origin: Path,
 ) -> None:
     """Raises FolderError with each name and shape (m, n) that is not the base model's."""
@@ -142,6 +142,13 @@ def _refuse_misfits(
             faults.append(
                 f"{name}: the pair is {given[0]} x {given[1]}, the base {found[0]} x {found[1]}"
             )
+    for name in [name for name in whole if name in modules]:
+        own, saved = modules[name].state_dict(), whole[name]
+        faults += [
+            f"{name}.{key}: {tuple(saved[key].shape)} on disk, {tuple(own[key].shape)} in the model"
+            for key in sorted(own.keys() & saved.keys())
+            if own[key].shape != saved[key].shape
+        ]
     if faults:
         raise FolderError(several(f"{origin} does not fit the base model", faults))
 
