@@ -107,6 +107,11 @@ def plan(
         chosen |= dict.fromkeys(found, rank)
         if not found:
             faults.append(f"adapter.ranks: {_none(given, sites)}")
+    faults += [
+        f"adapter.ranks: {name}: {chosen[name]}, but the adapter of init_from has {pair.rank} there"
+        for name, pair in (starts or {}).items()
+        if chosen.get(name) and chosen[name] != pair.rank
+    ]
     faults += _too_large(chosen, sites)
     if not any(chosen.values()) and not faults:
         faults.append("every rank is 0")

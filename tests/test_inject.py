@@ -142,6 +142,13 @@ def test_ranks_of_modules_that_are_no_targets_are_refused(model: Model) -> None:
         plan(given, sites(model, given, HEAD), ranks={"pooler": 3})
 
 
+def test_an_own_rank_that_is_not_the_starts_is_refused(model: Model) -> None:
+    given = config(targets=("pooler",), ranks={"pooler": 2})
+    start = Factors(torch.randn(3, 8), torch.randn(8, 3))
+    with pytest.raises(RecipeError, match="pooler: 2, but the adapter of init_from has 3 there"):
+        plan(given, sites(model, given, HEAD), starts={"pooler": start})
+
+
 def test_a_start_is_taken_over_with_its_scale_undone(model: Model) -> None:
     given = config(alpha=12.0, targets=("pooler",))
     start = Factors(torch.randn(3, 8), torch.randn(8, 3))

@@ -302,11 +302,14 @@ def test_compacting_away_dead_ranks_changes_nothing(config: VariantConfig) -> No
         x, kept = torch.randn(3, layer.n), live_ranks(layer)
         before, rank, delta = added(layer, x), layer.rank(), layer.delta()
         moments = {key: trainee.optimizer.state[getattr(layer, key)] for key in trained(layer)}
+        values = {key: getattr(layer, key).detach() for key in layer.ranked}
         compact(trainee, {name: kept})
         assert layer.r == 4
         assert layer.rank() == rank == len(kept)
         assert_close(added(layer, x), before, rtol=1e-5, atol=1e-5)
         assert_close(layer.delta(), delta, rtol=1e-5, atol=1e-6)
+        for key, old in values.items():
+            assert torch.equal(getattr(layer, key), old.index_select(layer.ranked[key], kept))
         for key, old in moments.items():
             new = trainee.optimizer.state[getattr(layer, key)]
             for moment in ("exp_avg", "exp_avg_sq"):
