@@ -180,9 +180,7 @@ def _controller(prepared: Prepared, processes: int = 1) -> Controller[Any, Any]:
 
 def _trainee(prepared: Prepared, engine: Engine) -> Trainee:
     model = prepared.base.model.to(engine.device)
-    controller = _controller(
-        prepared, engine.processes
-    )  # first: it may set rates by the run's length
+    controller = _controller(prepared, engine.processes)  # first: it may set the layers' rates
     optimizer = optim.adamw(model, prepared.layers, prepared.recipe.train)
     return Trainee(model, prepared.layers, controller, optimizer, Progress())
 

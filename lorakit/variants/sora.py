@@ -25,6 +25,9 @@ Departs from the authors' code, which applies T by three masked edits in place a
 xi < |u| < 2 xi to 0 as well; whose threshold is a constant (`xi` here) that does not follow the
 rate; and which puts an L1 term into the loss besides: `mode: reference` does as it does. Its gates
 start normal, ours at 1, as LoRA. Its stages but the first run at rate 0 (`retrain: false`).
+
+Departs from the paper with `keep`, which is ours: thresholds are found, and ranks are turned into
+principal axes before they die (`basis: own` leaves them).
 """
 
 from collections.abc import Iterator, Mapping
