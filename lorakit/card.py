@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 _LOADERS = {
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
 
 
@@ -161,6 +165,7 @@ def provenance(trained: Trained, pruned: Pruned, selection: Selection) -> dict[s
         "source": trained.path.name,
         "step": trained.step,
         "labels": list(trained.head.labels),
+        "multiple": trained.head.multiple,
         "precision": trained.precision,
         "scores": dict(trained.scores),
         "selection": selection._asdict() if selection.lossy else "exact",

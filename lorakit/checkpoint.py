@@ -32,6 +32,7 @@ from lorakit import __version__
 from lorakit.adapter import Adapter
 from lorakit.disk import whole_folder, write_text
 from lorakit.errors import FolderError, nearest, several
+from lorakit.models import CLASSIFIER, Head
 from lorakit.optim import load_state_tensors, state_tensors
 from lorakit.train import Progress, Trainee
 
@@ -51,6 +52,15 @@ class Meta(NamedTuple):
     scores: dict[str, float]
     """On the validation rows at this step, if it was evaluated."""
     precision: str
+    kind: str | None = CLASSIFIER
+    """PEFT's word for the task."""
+    multiple: bool = False
+    """Whether a text may have any number of the labels."""
+
+    @property
+    def task_head(self) -> Head:
+        """The last layer that the task asked for."""
+        return Head(self.labels, self.kind, self.multiple)
 
 
 def name_of(step: int) -> str:

@@ -61,12 +61,12 @@ def task_for(trained: Trained, wanted: Wanted) -> tuple[str, Task]:
         raise LorakitError(f"{trained.path} does not say what it was trained on; give --task.")
     if recipe is not None and name == own:
         section, data = recipe.task, recipe.data
-    elif name == tasks.OWN:
+    elif name in tasks.OWN:
         raise LorakitError(f"--task {name}: {trained.path} carries no `data` section for it.")
     else:
         length = recipe.task.max_length if recipe else TaskSection(name=name).max_length
         section, data = TaskSection(name=name, max_length=length), None
-    if wanted.data_dir is not None and name == tasks.OWN:
+    if wanted.data_dir is not None and name in tasks.OWN:
         raise LorakitError(f"--data-dir is for GLUE tasks; {name} has its rows in the recipe.")
     if wanted.data_dir is not None:
         section = section.model_copy(update={"data_dir": wanted.data_dir})

@@ -15,7 +15,6 @@ from lorakit.card import Pruned, card, provenance
 from lorakit.codes import CodedPair
 from lorakit.disk import refuse_existing, whole_folder
 from lorakit.errors import LorakitError, NotCodedError, NotLowRankError
-from lorakit.models import Head
 from lorakit.packed import PackedAdapter
 from lorakit.peft_format import PeftAdapter
 from lorakit.prune import Pairs, Selection, check, cut, padded, plain
@@ -143,7 +142,7 @@ def _as_peft(trained: Trained, pairs: Pairs) -> PeftAdapter:
 def _as_packed(trained: Trained, pairs: dict[str, CodedPair]) -> PackedAdapter:
     start, whole = dict(trained.start), peft_format.tensors_of(trained.whole)
     base, head = trained.base, trained.head
-    return PackedAdapter(pairs, start, whole, base.name, base.revision, head.kind, head.labels)
+    return PackedAdapter(pairs, start, whole, base.name, base.revision, *head)
 
 
 def _codes(trained: Trained) -> dict[str, CodedPair] | None:
@@ -198,8 +197,7 @@ def _at_start(trained: Trained) -> int:
 
 
 def _fresh(trained: Trained) -> models.Base:
-    head = Head(trained.head.labels, trained.head.kind)
-    return models.load(trained.base, head, seed=0)
+    return models.load(trained.base, trained.head, seed=0)
 
 
 def _reloaded(trained: Trained, folder: Path) -> torch.Tensor:

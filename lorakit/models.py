@@ -49,10 +49,14 @@ class Head(NamedTuple):
     """Names of the outputs, one for a regression; empty: as the base model has them."""
     kind: str | None = CLASSIFIER
     """PEFT's task type."""
+    multiple: bool = False
+    """Whether a text may have any number of the labels."""
 
     @property
     def problem(self) -> str:
         """What transformers calls it, by its own rule: one output is a regression's."""
+        if self.multiple:
+            return "multi_label_classification"
         return "regression" if len(self.labels) == 1 else "single_label_classification"
 
 

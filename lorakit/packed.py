@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lorakit.codes import BITS, FLOAT, Coded, CodedPair, Grid, Grids, pack, unpack
 from lorakit.errors import FolderError, several
+from lorakit.models import CLASSIFIER
 from lorakit.schema import Section
 
 HEADER, WEIGHTS, FORMAT = "packed.json", "packed.safetensors", 1
@@ -118,6 +119,7 @@ class Header(Section):
     revision: str | None
     task_type: str | None
     labels: tuple[str, ...]
+    multiple: bool = False
     layers: dict[str, LayerHeader]
     whole: tuple[str, ...]
     sha256: str = ""
@@ -133,8 +135,10 @@ class PackedAdapter(NamedTuple):
     """Modules saved whole: name to state dict."""
     base_model: str
     revision: str | None
-    task_type: str | None
     labels: tuple[str, ...]
+    """Of the head, as `models.Head` has them, and so the next two."""
+    task_type: str | None = CLASSIFIER
+    multiple: bool = False
 
 
 def is_packed(folder: Path) -> bool:
@@ -161,6 +165,7 @@ def encode(adapter: PackedAdapter) -> dict[str, bytes]:
         revision=adapter.revision,
         task_type=adapter.task_type,
         labels=adapter.labels,
+        multiple=adapter.multiple,
         layers={
             name: _layer_header(pair, adapter.start[name]) for name, pair in adapter.pairs.items()
         },
@@ -211,8 +216,9 @@ def read(folder: Path) -> PackedAdapter:
         whole,
         header.base_model,
         header.revision,
-        header.task_type,
         header.labels,
+        header.task_type,
+        header.multiple,
     )
 
 
@@ -232,7 +238,8 @@ def _tensor_header(coded: Coded) -> TensorHeader:
 
 def _checksum(header: Header, weights: bytes) -> str:
     """SHA-256 of all that the header says but its checksum, and of the weights."""
-    said = header.model_dump(mode="json", exclude={"sha256"})
+    unsaid = {"sha256"} if header.multiple else {"sha256", "multiple"}  # older ones lack the latter
+    said = header.model_dump(mode="json", exclude=unsaid)
     text = json.dumps(said, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode() + weights).hexdigest()
 

@@ -139,17 +139,20 @@ class Journal:
         if not self.writes:
             return
         step, prepared = trainee.progress.step, self.prepared
+        head = prepared.task.head()
         names = prepared.task.metric_names()
         scored = self.latest if self.latest.get("step") == step else {}
         meta = Meta(
             step=step,
             progress=asdict(trainee.progress),
-            labels=prepared.task.head().labels,
+            labels=head.labels,
             head=prepared.base.head,
             whole=prepared.whole,
             plans={name: (planned.rank, planned.scale) for name, planned in prepared.plans.items()},
             scores={name: scored[name] for name in names if name in scored},
             precision=_precision(prepared.base),
+            kind=head.kind,
+            multiple=head.multiple,
         )
         checkpoint.save(self.folder, trainee, prepared.whole_modules(), meta)
 

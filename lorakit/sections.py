@@ -48,9 +48,9 @@ class Recipe(Section):
     @classmethod
     def _data_fits_task(cls, data: Any, others: ValidationInfo) -> Any:
         task = others.data.get("task")
-        if task is not None and task.name == OWN and data is None:
-            raise ValueError(f"task.name {OWN} needs a `data` section with its files")
-        if task is not None and task.name != OWN and data is not None:
+        if task is not None and task.name in OWN and data is None:
+            raise ValueError(f"task.name {task.name} needs a `data` section with its files")
+        if task is not None and task.name not in OWN and data is not None:
             raise ValueError(f"{task.name} brings its own rows; `data` would be ignored")
         return data
 

@@ -184,7 +184,7 @@ def newest_run(folder: Path) -> Path:
 def _from_checkpoint(folder: Path, precision: Precision, other_base: str | None) -> Trained:
     recipe, meta = recipes.restore(folder), checkpoint.meta(folder)
     section = _section(recipe.model, precision, other_base)
-    head = Head(meta.labels)
+    head = meta.task_head
     base = models.load(section, head, recipe.seed)
     plans = {name: Plan(rank, scale, fresh=False) for name, (rank, scale) in meta.plans.items()}
     variant = variants.get(recipe.adapter.variant)
@@ -217,7 +217,8 @@ def _from_peft(folder: Path, precision: Precision, other_base: str | None) -> Tr
     if not named.name and other_base is None:
         raise FolderError(f"{folder} names no base model; give --base.")
     section = _section(named, precision, other_base)
-    head = Head(tuple(card["labels"]) if card else _labels(adapter), adapter.task_type)
+    multiple = bool(card and card.get("multiple"))
+    head = Head(tuple(card["labels"]) if card else _labels(adapter), adapter.task_type, multiple)
     base = models.load(section, head, seed=0)
     layers = with_pairs(base, adapter.pairs, adapter.whole, folder)
     return Trained(
@@ -243,7 +244,7 @@ def _from_packed(folder: Path, precision: Precision, other_base: str | None) -> 
     section = _section(
         ModelSection(name=adapter.base_model, revision=adapter.revision), precision, other_base
     )
-    head = Head(adapter.labels, adapter.task_type)
+    head = Head(adapter.labels, adapter.task_type, adapter.multiple)
     base = models.load(section, head, seed=0)
     layers = with_codes(base, adapter, folder)
     return Trained(

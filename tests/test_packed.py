@@ -52,7 +52,7 @@ def adapter(tiny: Path, grids: Grids | None = None) -> PackedAdapter:
         pairs[name] = CodedPair(*parts, 0.5 + i, grids or Grids())
     whole = {"classifier": {"weight": torch.randn(2, 16), "bias": torch.randn(2)}}
     start = dict.fromkeys(pairs, 3)
-    return PackedAdapter(pairs, start, whole, str(tiny), None, models.CLASSIFIER, ("bad", "good"))
+    return PackedAdapter(pairs, start, whole, str(tiny), None, ("bad", "good"))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -18,13 +18,10 @@ from lorakit.tasks import glue
 from lorakit.tasks.classification import Classification
 from lorakit.tasks.texts import TextTask
 
-OWN = "classification"
-"""The task whose rows come from the `data` section."""
-
 
 def names() -> list[str]:
     """Every task a recipe may name."""
-    return [*glue.NAMES, OWN]
+    return [*glue.NAMES, *OWN]
 
 
 class TaskSection(Section):
@@ -99,12 +96,22 @@ def build(section: TaskSection, data: DataSection | None) -> Task:
         DataError: rows or files are missing or not what the task needs.
 
     """
-    if section.name == OWN:
+    if section.name in OWN:
         assert data is not None  # the recipe has refused it
-        splits = read(data)
-        return TextTask(splits, section.max_length, Classification(splits.labels))
+        return OWN[section.name](section, data)
     splits = glue.read(section.name, section.data_dir)
     return TextTask(splits, section.max_length, glue.TASKS[section.name].objective)
+
+
+def _classification(section: TaskSection, data: DataSection) -> Task:
+    splits = read(data)
+    return TextTask(splits, section.max_length, Classification(splits.labels))
+
+
+OWN: Mapping[str, Callable[[TaskSection, DataSection], Task]] = {
+    "classification": _classification,
+}
+"""Tasks whose rows come from the `data` section, by name."""
 
 
 @torch.no_grad()
