@@ -24,7 +24,7 @@ from lorakit.sections import (
     takes_free_keys,
     variants_with,
 )
-from lorakit.yamltext import Document, parse, scalar, words, written
+from lorakit.yamltext import LONGEST, Document, parse, scalar, words, written
 from lorakit.yamltext import Path as KeyPath
 from lorakit.yamltext import dump as as_yaml
 
@@ -38,7 +38,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)  # one more than is taken
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise RecipeError(f"{path}: cannot be read: {reason}.") from None

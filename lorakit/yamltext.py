@@ -10,6 +10,14 @@ from lorakit.errors import RecipeError
 
 Path = tuple[str | int, ...]
 
+LONGEST = 2**20
+"""Characters of a text. Recipes have some thousands."""
+MOST = 10_000
+"""Values of a document, those that an alias repeats counted each time: ten aliases of ten aliases,
+nine deep, would be a billion ("billion laughs")."""
+DEEPEST = 50
+"""Levels of a document. Recipes have four."""
+
 
 class Document(NamedTuple):
     """A mapping, the place of each of its keys, and what is wrong with it already."""
@@ -39,9 +47,11 @@ def parse(text: str, name: str) -> Document:
     """Reads one document.
 
     Raises:
-        RecipeError: `text` is not YAML, or not a mapping.
+        RecipeError: `text` is not YAML, not a mapping, or larger than any recipe.
 
     """
+    if len(text) > LONGEST:
+        raise RecipeError(f"{name}: longer than {LONGEST:,} characters; that is no recipe.")
     loader = None
     try:
         loader = _Loader(text)
@@ -50,6 +60,10 @@ def parse(text: str, name: str) -> Document:
             what = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}
             given = "empty" if node is None else what[type(node)]
             raise RecipeError(f"{name}: a recipe is a mapping of keys to values; this is {given}.")
+        if (values := _values(node, {})) > MOST:
+            raise RecipeError(
+                f"{name}: {values:,} values, aliases written out; a recipe has at most {MOST:,}."
+            )
         document = Document({}, {}, list(_key_faults(node, (), set())))
         document.data.update(_mapping(loader, node, (), document))
     except yaml.MarkedYAMLError as error:
@@ -60,8 +74,8 @@ def parse(text: str, name: str) -> Document:
     except yaml.reader.ReaderError as error:
         line = f", line {text.count(chr(10), 0, error.position) + 1}"
         raise RecipeError(f"{name}{line}: not YAML: {error.reason}.") from None
-    except RecursionError:  # an alias inside its own anchor
-        raise RecipeError(f"{name}: not YAML: nested without end.") from None
+    except RecursionError:
+        raise RecipeError(f"{name}: nested deeper than {DEEPEST} levels.") from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -127,6 +141,25 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, path: Path, into: Document
             into.places[*path, key] = _line(key_node)
             found[key] = _value(loader, value_node, (*path, key), into)
     return found
+
+
+def _values(node: yaml.Node, known: dict[int, int], depth: int = 1) -> int:
+    """Nodes in and below `node`, aliases written out; every node is visited once.
+
+    Raises:
+        RecursionError: too deep, or an alias inside its own anchor.
+
+    """
+    if depth > DEEPEST:
+        raise RecursionError
+    if id(node) not in known:
+        known[id(node)] = -1  # under way
+        below = node.value if isinstance(node, yaml.CollectionNode) else []
+        nodes = (n for part in below for n in (part if isinstance(part, tuple) else (part,)))
+        known[id(node)] = 1 + sum(_values(n, known, depth + 1) for n in nodes)
+    if known[id(node)] < 0:
+        raise RecursionError
+    return known[id(node)]
 
 
 def _key_faults(node: yaml.Node, path: Path, seen: set[int]) -> Iterator[str]:

@@ -385,6 +385,10 @@ def test_a_missing_key_says_what_it_is(faults: Callable[[str], list[str]]) -> No
 
 # what is no recipe
 
+LAUGHS = b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 9)
+)
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -398,7 +402,11 @@ def test_a_missing_key_says_what_it_is(faults: Callable[[str], list[str]]) -> No
         (b"a: 1\n\tb: 1\n", ", line 2: not YAML: while scanning for the next token, found"),
         (b"a: 1\nb: \x00\n", ", line 2: not YAML: special characters are not allowed."),
         (b"a: 1\n---\nb: 2\n", ", line 2: not YAML: expected a single document in the stream,"),
-        (b"a: &a [*a]\n", ": not YAML: nested without end."),
+        (b"a: &a [*a]\n", ": nested deeper than 50 levels."),
+        (b"a: " + b"[" * 60 + b"]" * 60, ": nested deeper than 50 levels."),
+        (b"a: " + b"[" * 9000 + b"]" * 9000, ": nested deeper than 50 levels."),
+        (LAUGHS, ": 1,234,567,909 values, aliases written out; a recipe has at most 10,000."),
+        (b"a: b\n" * 220_000, ": longer than 1,048,576 characters; that is no recipe."),
         (b"a: *b\n", ", line 1: not YAML: found undefined alias 'b'."),
         (b"a: \xff\n", ": cannot be read: not UTF-8 text."),
     ],
