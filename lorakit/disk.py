@@ -1,5 +1,6 @@
-"""Writing so that a reader sees a whole file or folder, or none."""
+"""Writing so that a reader sees a whole file or folder, or none; and one writer at a time."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,33 +16,78 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Its files are fsynced before the rename. On an error nothing stays behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
+        sweep(path.parent, f".{path.name}.")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         os.rename(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise FolderError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes or replaces a small file in one stroke."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`; what is written to it takes its place when the block ends
+    well. On an error nothing stays behind.
+    """
+    temporary = _beside(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
+        yield temporary
+        sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise FolderError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes or replaces a small file in one stroke."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder, which no reader sees in part."""
+    temporary = _beside(folder)
+    os.rename(folder, temporary)
+    shutil.rmtree(temporary)
+
+
+def sweep(folder: Path, start: str = ".") -> None:
+    """Removes what processes that were killed have left in `folder`, of names with that `start`."""
+    for path in folder.glob(f"{start}*.tmp"):
+        if not _alive("".join(path.suffixes[-2:-1])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within it, no other process enters the same block for `folder`.
+
+    The lock is the system's and on the folder itself: it leaves no file, and goes with its process.
+
+    Raises:
+        FolderError: another process has it.
+
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, folder)
+        yield
+    finally:
+        os.close(handle)
 
 
 def refuse_existing(path: Path, otherwise: str) -> None:
@@ -53,9 +99,38 @@ def refuse_existing(path: Path, otherwise: str) -> None:
         raise FolderError(f"{path} cannot be made: no permission to write in {above}.")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FolderError(f"{folder}: another process trains into it; wait, or stop it.") from None
+    except OSError:  # a file system without locks
+        return
+
+
+def _beside(path: Path) -> Path:
+    """A name for what is not whole yet, which tells whose it is."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _alive(suffix: str) -> bool:
+    """Whether the process runs whose number the suffix is; any other of that number counts too."""
+    number = suffix.removeprefix(".")
+    if not number.isdecimal():
+        return True  # none of ours
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -53,6 +53,10 @@ class Engine:
         """Until every process is here."""
         self._accelerator.wait_for_everyone()
 
+    def any(self, value: bool) -> bool:
+        """Whether it is so in any process."""
+        return value if self.processes == 1 else self.total(float(value)) > 0
+
     def total(self, value: float) -> float:
         """The sum of a number over processes."""
         if self.processes == 1:

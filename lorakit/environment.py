@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,6 +21,9 @@ PACKAGES = (
     "tokenizers",
 )
 
+NUMERIC = ("device", "processor", "threads", "processes")
+"""What else sums are taken in another order by."""
+
 
 def environment(engine: Engine) -> dict[str, Any]:
     """Versions and hardware, as environment.json keeps them."""
@@ -34,6 +38,16 @@ def environment(engine: Engine) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": engine.processes,
     }
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`torch 2.12.0 there, 2.13.0 here`, for all that may change the last digits of a result."""
+    told = [{**e.get("packages", {}), **{key: e.get(key) for key in NUMERIC}} for e in (then, now)]
+    return [
+        f"{key} {told[0].get(key)} there, {value} here"
+        for key, value in told[1].items()
+        if told[0].get(key) != value
+    ]
 
 
 def _version(package: str) -> str | None:

@@ -24,6 +24,19 @@ class FolderError(LorakitError):
     """A run, a checkpoint or an adapter folder is missing, in the way, or does not fit."""
 
 
+class NotFiniteError(LorakitError):
+    """A loss or its gradient is no number to go on with."""
+
+
+class Stopped(LorakitError):  # noqa: N818  (asked for, and nothing is wrong)
+    """A run was told to stop, and has saved where it is."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
+        """As a shell has it for a process that a signal has ended."""
+
+
 class NotLowRankError(LorakitError):
     """A layer's update is no plain pair of small matrices; the message says why."""
 
@@ -36,6 +49,13 @@ def nearest(name: str, known: Iterable[str], close: float = 0.6) -> str:
     """A sentence naming the known word closest to `name`; empty where none is so `close` (to 1)."""
     near = get_close_matches(name, list(known), n=1, cutoff=close)
     return f" Nearest: {near[0]!r}." if near else ""
+
+
+def one_of(option: str, given: str, known: Sequence[str]) -> None:
+    """Raises LorakitError unless `given`, the value of an option, is one of the `known`."""
+    if given not in known:
+        expected = " or ".join(filter(None, (", ".join(known[:-1]), known[-1])))
+        raise LorakitError(f"{option}: {given!r}: expected {expected}.{nearest(given, known)}")
 
 
 def no_such(kind: str, name: str, known: Iterable[str]) -> str:

@@ -1,43 +1,25 @@
 """Assembly: from a recipe to a trained run folder."""
 
 import json
-from dataclasses import asdict, dataclass
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import FrameType
+from typing import Any
 
-import torch
-
-from lorakit import checkpoint, models, optim, variants
+from lorakit import checkpoint, optim, variants
 from lorakit import recipe as recipes
 from lorakit.adapter import Controller
-from lorakit.checkpoint import Meta
-from lorakit.disk import refuse_existing, whole_folder, write_text
+from lorakit.disk import locked, refuse_existing, sweep, whole_folder, write_text
 from lorakit.engine import Engine
-from lorakit.environment import environment
-from lorakit.errors import FolderError, RecipeError, several
-from lorakit.prepare import Prepared, prepare
+from lorakit.environment import changes, environment
+from lorakit.errors import FolderError, NotFiniteError, RecipeError, Stopped, several
+from lorakit.journal import Journal, Screen
+from lorakit.prepare import Prepared, prepare, settled
 from lorakit.sections import Recipe
-from lorakit.timetable import Timetable
-from lorakit.train import Progress, Row, Trainee, finished, train
-
-
-class Screen(Protocol):
-    """Where a person watches."""
-
-    def note(self, text: str) -> None:
-        """A thing to be said aloud, once."""
-
-    def warn(self, text: str) -> None:
-        """A thing not to be missed."""
-
-    def begin(self, done: int, timetable: Timetable, start_ranks: int) -> None:
-        """Training starts, `done` steps in; so many ranks there are to learn from."""
-
-    def tick(self, step: int) -> None:
-        """A step is over."""
-
-    def log(self, row: Row) -> None:
-        """A row of metrics.jsonl."""
+from lorakit.train import Progress, Trainee, finished, train
 
 
 @dataclass(frozen=True)
@@ -63,41 +45,118 @@ def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome | None:
 
     Raises:
         LorakitError: before anything is written, or, for a non-finite loss, on the way.
+        Stopped: SIGINT or SIGTERM came; the run has saved where it is.
 
     """
-    folder = Path(recipe.output_dir)
+    folder, engine = Path(recipe.output_dir), Engine()
     if resume:
-        check_resumable(recipe, folder)
+        check_resumable(settled(recipe), folder)
     else:
         refuse_existing(folder, "Go on with --resume, or choose another name: output_dir=NAME.")
-    engine = Engine()
     engine.wait()  # all have looked before one writes
-    prepared = prepare(recipe, engine.processes)
-    say = screen.note if engine.is_main else _unheard
-    for note in prepared.notes:
-        say(note)
-    last = _last(folder) if resume else None
-    if last is not None:
-        checkpoint.load_weights(last, prepared.layers, prepared.whole_modules())
-    trainee = _trainee(prepared, engine)  # after the weights: they may have been compacted
-    if not resume:
-        _make(folder, recipe, engine)
-    else:
-        _go_on(folder, last, trainee, engine)
-        say(f"resumed at step {trainee.progress.step:,} of {prepared.timetable.steps:,}")
-    timetable, progress = prepared.timetable, trainee.progress
-    if not finished(progress, recipe.train, timetable):
-        start = sum(planned.rank for planned in prepared.plans.values())
-        if engine.is_main:
-            screen.begin(progress.step, timetable, start)
-        journal = Journal(folder, prepared, screen, engine.is_main)
-        train(trainee, prepared.task, recipe.train, timetable, recipe.seed, engine, journal)
+    with ExitStack() as held:
+        if resume:
+            held.enter_context(_alone(folder, engine))
+        prepared = prepare(recipe, engine.processes)
+        trainee = _begun(prepared, folder, resume, engine, screen)
+        if not resume:
+            held.enter_context(_alone(folder, engine))
+        _finish(prepared, trainee, folder, engine, screen)
     if not engine.is_main:
         return None
     outcome = _outcome(folder, prepared, trainee)
     for warning in outcome.warnings:
         screen.warn(warning)
     return outcome
+
+
+def _begun(
+    prepared: Prepared, folder: Path, resume: bool, engine: Engine, screen: Screen
+) -> Trainee:
+    """What is to be trained, as it starts or as it was left; the folder is made, or put in order.
+
+    Of a resumed run, a checkpoint that was broken since, and what it writes over, is told.
+    """
+    say = screen.note if engine.is_main else _unheard
+    for note in prepared.notes:
+        say(note)
+    last, broken = checkpoint.newest(folder) if resume else (None, ())
+    for fault in broken:
+        screen.warn(f"{fault}\n  It was put aside; an older checkpoint is taken.")
+    if last is not None:
+        _refuse_other(prepared.recipe, last)
+        checkpoint.load_weights(last, prepared.layers, prepared.whole_modules())
+    trainee = _trainee(prepared, engine)  # after the weights: they may have been compacted
+    if not resume:
+        _make(folder, prepared.recipe, engine)
+        return trainee
+    _go_on(folder, last, trainee, engine)
+    say(f"resumed at step {trainee.progress.step:,} of {prepared.timetable.steps:,}")
+    for change in _moved(folder, engine):
+        say(f"{change}: the last digits of results may differ")
+    return trainee
+
+
+def _finish(
+    prepared: Prepared, trainee: Trainee, folder: Path, engine: Engine, screen: Screen
+) -> None:
+    """Takes the steps that are left, if there are any."""
+    section, timetable = prepared.recipe.train, prepared.timetable
+    if finished(trainee.progress, section, timetable):
+        return
+    if engine.is_main:
+        start = sum(planned.rank for planned in prepared.plans.values())
+        screen.begin(trainee.progress.step, timetable, start)
+    with told_to_stop() as signals:
+        journal = Journal(folder, prepared, screen, engine.is_main, signals)
+        try:
+            train(trainee, prepared.task, section, timetable, prepared.recipe.seed, engine, journal)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error}{_way_back(folder)}") from None
+    if signals and not finished(trainee.progress, section, timetable):
+        raise Stopped(
+            f"stopped at step {trainee.progress.step:,} of {timetable.steps:,}, which is saved; "
+            f"go on with: lorakit train {folder} --resume",
+            signals[0],
+        )
+
+
+def _way_back(folder: Path) -> str:
+    """The last good checkpoint, for a message."""
+    last, _ = checkpoint.newest(folder)
+    return f"\n  The last good checkpoint is {last}." if last else ""
+
+
+@contextmanager
+def told_to_stop() -> Iterator[list[int]]:
+    """The numbers of signals that have come, SIGINT (Ctrl-C) and SIGTERM; the next one is deadly.
+
+    Signals reach the main thread alone; in any other nothing is caught.
+    """
+    caught: list[int] = []
+
+    before: dict[signal.Signals, Any] = {}
+
+    def take(number: int, _: FrameType | None) -> None:
+        caught.append(number)
+        give_back()
+
+    def give_back() -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    with suppress(ValueError):  # not the main thread
+        for each in (signal.SIGINT, signal.SIGTERM):
+            before[each] = signal.signal(each, take)
+    try:
+        yield caught
+    finally:
+        give_back()
+
+
+def _alone(folder: Path, engine: Engine) -> AbstractContextManager[None]:
+    """Within it, no other run writes into `folder`."""
+    return locked(folder) if engine.is_main else nullcontext()
 
 
 def check(recipe: Recipe) -> Prepared:
@@ -113,50 +172,6 @@ def check(recipe: Recipe) -> Prepared:
     return prepared
 
 
-class Journal:
-    """Writes what the loop tells: metrics.jsonl and checkpoints; and shows it."""
-
-    def __init__(self, folder: Path, prepared: Prepared, screen: Screen, writes: bool) -> None:
-        self.folder, self.prepared, self.screen, self.writes = folder, prepared, screen, writes
-        self.latest: Row = {}
-
-    def tick(self, step: int) -> None:
-        """Passes it on."""
-        if self.writes:
-            self.screen.tick(step)
-
-    def log(self, row: Row) -> None:
-        """Appends a line."""
-        if not self.writes:
-            return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.screen.log(row)
-        self.latest = row
-
-    def save(self, trainee: Trainee) -> None:
-        """Writes a checkpoint, with the scores if this step has been evaluated."""
-        if not self.writes:
-            return
-        step, prepared = trainee.progress.step, self.prepared
-        head = prepared.task.head()
-        names = prepared.task.metric_names()
-        scored = self.latest if self.latest.get("step") == step else {}
-        meta = Meta(
-            step=step,
-            progress=asdict(trainee.progress),
-            labels=head.labels,
-            head=prepared.base.head,
-            whole=prepared.whole,
-            plans={name: (planned.rank, planned.scale) for name, planned in prepared.plans.items()},
-            scores={name: scored[name] for name in names if name in scored},
-            precision=_precision(prepared.base),
-            kind=head.kind,
-            multiple=head.multiple,
-        )
-        checkpoint.save(self.folder, trainee, prepared.whole_modules(), meta)
-
-
 def _unheard(text: str) -> None:
     """What a process says that is not the first."""
 
@@ -165,6 +180,11 @@ def check_resumable(recipe: Recipe, folder: Path) -> None:
     """Raises FolderError unless `folder` is a run of this same recipe."""
     if not (folder / "recipe.yaml").is_file():
         raise FolderError(f"--resume: {folder} is no run folder; start without --resume.")
+    _refuse_other(recipe, folder)
+
+
+def _refuse_other(recipe: Recipe, folder: Path) -> None:
+    """Raises FolderError where `folder`, a run or a checkpoint, carries another recipe."""
     if changed := recipes.differences(recipes.restore(folder), recipe):
         raise FolderError(several(f"--resume: {folder} was started with another recipe", changed))
 
@@ -200,21 +220,27 @@ def _make(folder: Path, recipe: Recipe, engine: Engine) -> None:
         (temporary / "metrics.jsonl").touch()
 
 
-def _last(run: Path) -> Path | None:
-    """The last checkpoint of a run, if it has come to one."""
-    return checkpoint.find(run, "last") if (run / "checkpoints" / "last").is_file() else None
-
-
 def _go_on(folder: Path, last: Path | None, trainee: Trainee, engine: Engine) -> None:
     """Puts back all but the weights, and drops the lines of metrics.jsonl after it."""
     if last is not None:
         checkpoint.load_state(last, trainee)
     if not engine.is_main:
         return
+    for place in (folder, folder / "checkpoints"):
+        sweep(place)
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= trainee.progress.step]
     write_text(path, "".join(kept))
+
+
+def _moved(folder: Path, engine: Engine) -> list[str]:
+    """What is different here from where the run was started."""
+    try:
+        then = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ["the environment of its start cannot be read"]
+    return changes(then, environment(engine))
 
 
 def _step_of(line: str) -> float:
@@ -239,8 +265,3 @@ def _outcome(folder: Path, prepared: Prepared, trainee: Trainee) -> Outcome:
         start=sum(planned.rank for planned in prepared.plans.values()),
         warnings=(*warnings, *trainee.controller.ended()),
     )
-
-
-def _precision(base: models.Base) -> str:
-    dtypes = {p.dtype for p in base.model.parameters() if not p.requires_grad}
-    return "bf16" if torch.bfloat16 in dtypes else "fp32"

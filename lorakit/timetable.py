@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     Field,
@@ -32,6 +32,9 @@ class TrainSection(OptimSection):
     """Forward passes in one optimizer step."""
     eval_batch_size: PositiveInt = 64
     """Rows in one forward pass when scoring."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each block for the backward pass, and compute the rest of it again:
+    less memory for about a third more time, the same gradients."""
     clip: PositiveFloat | None = 1.0
     """Joint gradient norm to clip to; null: none."""
     log_every: PositiveInt = 10
@@ -40,6 +43,11 @@ class TrainSection(OptimSection):
     """Steps between evaluations, or `1 epoch`, `2 epochs`; null: at the end only."""
     save_every: Interval = 100
     """Steps between checkpoints, or epochs as above; null: at the end, and the best."""
+    keep_last: PositiveInt | None = None
+    """How many checkpoints are kept besides the best and those at the ends of stages; null: all."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What follows a loss or gradient that is no finite number: the run stops before the weights
+    are touched, or leaves the step out, at most ten in a row."""
     best: str | None = None
     """Metric that picks the best checkpoint, once ranks have settled; null: the task's first."""
     patience: PositiveInt | None = None

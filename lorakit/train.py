@@ -16,8 +16,8 @@ from lorakit import optim
 from lorakit.adapter import Adapter, Controller, Kept, Stage, Step
 from lorakit.data.batching import Batch
 from lorakit.engine import Engine
-from lorakit.errors import DataError
-from lorakit.tasks import Task, evaluate
+from lorakit.errors import NotFiniteError
+from lorakit.tasks import COSTS, Task, evaluate
 from lorakit.timetable import Timetable, TrainSection
 
 Row = dict[str, Any]
@@ -25,6 +25,9 @@ Row = dict[str, Any]
 SAMPLE = 1000
 """Training rows scored at the end of each stage: what the model remembers of what it has seen
 (sparsifying scheduler of SoRA, Algorithm 1; the number is that of its authors' code)."""
+
+HOPELESS = 10
+"""So many steps without a finite loss, one after the other, and no next one will have it."""
 
 
 @dataclass
@@ -39,6 +42,9 @@ class Progress:
     loss: float = 0.0
     """Summed over the items since the last logged row."""
     items: int = 0
+    skipped: int = 0
+    """Steps not taken in this run, for want of a finite loss."""
+    skipped_in_a_row: int = 0
 
     def judge(self, score: float) -> bool:
         """Takes note of a score, higher being better; whether it is the best so far."""
@@ -53,11 +59,20 @@ class Progress:
         """Ranks have moved: what was the best is another model."""
         self.best_step, self.best_score, self.stale = None, None, 0
 
-    def mean_loss(self) -> float:
-        """Since this was last asked."""
-        mean = self.loss / self.items
+    def mean_loss(self) -> float | None:
+        """Since this was last asked; None where no step was taken."""
+        mean = self.loss / self.items if self.items else None
         self.loss, self.items = 0.0, 0
         return mean
+
+    def took(self, loss: float, items: int) -> None:
+        """Takes note of a step."""
+        self.loss, self.items = self.loss + loss * items, self.items + items
+        self.skipped_in_a_row = 0
+
+    def skip(self) -> None:
+        """Takes note of a step that was not taken."""
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,9 @@ class Observer(Protocol):
     def save(self, trainee: Trainee) -> None:
         """A checkpoint is due."""
 
+    def stopping(self) -> bool:
+        """Whether the run was told to stop: the step at hand is its last, and is saved."""
+
 
 def train(
     trainee: Trainee,
@@ -98,7 +116,8 @@ def train(
     The loss of a step is the mean over all items of its batches, whatever portions they come in.
 
     Raises:
-        DataError: a loss or its gradient is not finite; names the rows of the step.
+        NotFiniteError: a loss or its gradient is not finite, and `non_finite` does not say to skip
+            the step, or it was skipped too often; names the rows of the step.
 
     """
     progress, controller, optimizer = trainee.progress, trainee.controller, trainee.optimizer
@@ -113,7 +132,8 @@ def train(
     def score(task: Task, split: str) -> dict[str, float]:
         return evaluate(model, task, split, section.eval_batch_size, engine.device)
 
-    while not finished(progress, section, timetable):
+    stop = False
+    while not (stop or finished(progress, section, timetable)):
         started = perf_counter()
         step = progress.step = progress.step + 1
         place = place_of(step, stages)
@@ -128,27 +148,26 @@ def train(
         loss = engine.total(backward(model, task, mine, items, controller, engine))
         controller.before_step(ctx)
         norm = engine.clip(weights, section.clip)
-        refuse_non_finite(loss, norm, step, [row for batch in mine for row in batch.rows])
 
         # the step: the optimizer moves the weights, the variant has the last word
-        optimizer.step()
-        kept = controller.after_step(ctx)
+        if isfinite(loss) and isfinite(norm):
+            optimizer.step()
+            if kept := controller.after_step(ctx):
+                compact(trainee, kept)
+                weights, rate = optim.parameters(optimizer), optim.rates(optimizer)
+            progress.took(loss, items)
+        else:
+            progress.skip()
+            refuse_to_go_on(progress, section, loss, norm, rows_of(mine))
         optimizer.zero_grad(set_to_none=True)
-        if kept:
-            compact(trainee, kept)
-            weights, rate = optim.parameters(optimizer), optim.rates(optimizer)
         if not controller.settled():
             progress.forget_best()
-        progress.loss, progress.items = progress.loss + loss * items, progress.items + items
-        speed.add(items, perf_counter() - started)
+        speed.add(sum(len(batch.rows) for batch in batches), perf_counter() - started)
 
         # now and then, at the end of a stage, and at the end
         stage_over, better = place.last and len(stages) > 1, False
         if stage_over or timetable.due(step, timetable.log_every):
-            told = {"step": step, "loss": progress.mean_loss(), "norm": norm}
-            told |= {"lr": section.lr * share, "samples_per_s": speed.read()}
-            ranks = {name: layer.rank() for name, layer in trainee.layers.items()}
-            observer.log({**told, **controller.told(), "ranks": ranks})
+            observer.log(row_of(trainee, norm, section.lr * share, speed.read()))
         if stage_over or timetable.due(step, timetable.eval_every):
             scores = score(task, "validation")
             known = {"stage": place.number, "train": score(sample, "train")} if stage_over else {}
@@ -156,7 +175,8 @@ def train(
             if controller.settled():
                 better = progress.judge(headline(scores, section.best))
         over = finished(progress, section, timetable)
-        if better or over or stage_over or timetable.due(step, timetable.save_every):
+        stop = engine.any(observer.stopping())
+        if better or over or stop or stage_over or timetable.due(step, timetable.save_every):
             observer.save(trainee)
         observer.tick(step)
 
@@ -217,19 +237,19 @@ def place_of(step: int, stages: Sequence[Stage]) -> Place:
 
 @dataclass
 class Speed:
-    """Items and seconds since it was last read; evaluations are not counted."""
+    """Rows and seconds since it was last read; evaluations are not counted."""
 
-    items: int = 0
+    rows: int = 0
     seconds: float = 0.0
 
-    def add(self, items: int, seconds: float) -> None:
+    def add(self, rows: int, seconds: float) -> None:
         """A step."""
-        self.items, self.seconds = self.items + items, self.seconds + seconds
+        self.rows, self.seconds = self.rows + rows, self.seconds + seconds
 
     def read(self) -> float:
-        """Items in a second; starts anew."""
-        speed = round(self.items / self.seconds, 1)
-        self.items, self.seconds = 0, 0.0
+        """Rows in a second; starts anew."""
+        speed = round(self.rows / self.seconds, 1)
+        self.rows, self.seconds = 0, 0.0
         return speed
 
 
@@ -242,16 +262,39 @@ def finished(progress: Progress, section: TrainSection, timetable: Timetable) ->
 def headline(scores: Mapping[str, float], best: str | None) -> float:
     """The score that picks the best checkpoint, turned so that higher is better."""
     name = best or next(iter(scores))
-    return -scores[name] if name == "loss" else scores[name]
+    return -scores[name] if name in COSTS else scores[name]
 
 
-def refuse_non_finite(loss: float, norm: float, step: int, rows: Sequence[int]) -> None:
-    """Raises DataError before the optimizer takes a step that no later one could mend."""
-    if isfinite(loss) and isfinite(norm):
+def row_of(trainee: Trainee, norm: float, lr: float, speed: float) -> Row:
+    """What is told of a step, as JSON has it, and of the loss since the last row."""
+    progress, ranks = trainee.progress, {n: layer.rank() for n, layer in trainee.layers.items()}
+    return {
+        "step": progress.step,
+        "loss": progress.mean_loss(),
+        "norm": norm if isfinite(norm) else None,
+        **({"skipped": progress.skipped} if progress.skipped else {}),
+        "lr": lr,
+        "samples_per_s": speed,
+        **trainee.controller.told(),
+        "ranks": ranks,
+    }
+
+
+def rows_of(batches: Sequence[Batch]) -> list[int]:
+    """The numbers of their rows in the training split."""
+    return [row for batch in batches for row in batch.rows]
+
+
+def refuse_to_go_on(
+    progress: Progress, section: TrainSection, loss: float, norm: float, rows: Sequence[int]
+) -> None:
+    """Raises NotFiniteError unless the recipe skips such steps, and they are not all such."""
+    if section.non_finite == "skip" and progress.skipped_in_a_row < HOPELESS:
         return
-    raise DataError(
-        f"step {step}: the loss is {loss:g} and its gradient's norm {norm:g}; stopped before the "
-        f"weights were touched.\n  Rows of the step, counted from 0 in the training split: "
-        f"{', '.join(map(str, rows))}\n  A lower train.lr or model.precision=fp32 may help; "
-        "--resume goes on from the last checkpoint."
+    often = f", as in the {HOPELESS - 1} steps before" if section.non_finite == "skip" else ""
+    raise NotFiniteError(
+        f"step {progress.step}: the loss is {loss:g} and its gradient's norm {norm:g}{often}; "
+        f"stopped before the weights were touched.\n  Rows of the step, counted from 0 in the "
+        f"training split: {', '.join(map(str, rows))}\n  A lower train.lr or "
+        "model.precision=fp32 may help; train.non_finite=skip leaves single such steps out."
     )

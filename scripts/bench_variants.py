@@ -94,6 +94,10 @@ class Clock:
     def save(self, trainee: Trainee) -> None:
         """Nothing is written."""
 
+    def stopping(self) -> bool:
+        """The clock alone ends it."""
+        return False
+
 
 class Runner:
     """A variant in its base model, with a run of `steps` steps ahead."""

@@ -66,6 +66,9 @@ class Planted:
     def head(self) -> Head:
         return Head()
 
+    def check(self, model: nn.Module) -> None:
+        pass
+
     def ready(self, tokenizer: Any) -> Planted:
         return self
 
@@ -77,6 +80,9 @@ class Planted:
 
     def rows(self, split: str) -> int:
         return len(self.x) // 2
+
+    def rows_per_epoch(self) -> int:
+        return self.rows("train")
 
     def steps(
         self, batch_size: int, pieces: int, seed: int, start: int = 0
@@ -126,6 +132,9 @@ class Notes:
 
     def tick(self, step: int) -> None:
         self.ticks.append(step)
+
+    def stopping(self) -> bool:
+        return False
 
     def log(self, row: dict[str, Any]) -> None:
         self.rows.append(row)

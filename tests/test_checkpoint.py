@@ -12,7 +12,7 @@ from planted import pupil, section
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from lorakit import checkpoint, recipe
+from lorakit import checkpoint, manifest, recipe
 from lorakit.checkpoint import find, meta
 from lorakit.disk import whole_folder, write_text
 from lorakit.errors import FolderError
@@ -31,7 +31,7 @@ def run(recipe: Path, lorakit: Callable[..., Any]) -> Path:
 def test_a_run_folder_holds_what_its_docstring_says(run: Path) -> None:
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     step = {f"{part}.safetensors" for part in ("adapter", "head", "state")}
-    step |= {"state.json", "recipe.yaml"}
+    step |= {"state.json", "recipe.yaml", "manifest.json"}
     wanted = {"recipe.yaml", "environment.json", "metrics.jsonl"}
     wanted |= {"checkpoints/best", "checkpoints/last"}
     wanted |= {f"checkpoints/{folder.name}/{file}" for folder in steps(run) for file in step}
@@ -162,6 +162,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference(
     tensors[f"{first}.extra"] = tensors.pop(first)
     tensors[second] = torch.zeros(2, 2)
     save_file(tensors, file)
+    manifest.write(file.parent)
     answer = lorakit("eval", run, "--checkpoint", "last")
     assert answer.code == 2
     for said in (f"{first}: not in the checkpoint", f"{first}.extra: not in the model", "(2, 2)"):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from lorakit import optim
 from lorakit.adapter import Controller, Kept, Stage, Step
 from lorakit.data.batching import Batch
-from lorakit.errors import DataError, LorakitError
+from lorakit.errors import LorakitError, NotFiniteError
 from lorakit.timetable import Timetable
 from lorakit.train import Trainee, headline
 from lorakit.variants import lora
@@ -186,13 +186,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_r
     task = planted()
     settings = section(steps=60, batch_size=8)
     trainee, notes = pupil(LORA, settings), Notes()
-    with pytest.raises(DataError, match=r"the loss is nan") as error:
+    with pytest.raises(NotFiniteError, match=r"the loss is nan") as error:
         taught(trainee, settings, Poisoned(task.x, task.y))
     rows = str(error.value).split("training split: ")[1].split("\n")[0].split(", ")
     assert "7" in rows
     assert len(rows) == 8
     assert not notes.saved
     assert all(p.isfinite().all() for p in trainee.model.parameters())
+
+
+def test_a_step_without_a_finite_loss_is_left_out_where_the_recipe_says_so() -> None:
+    task = planted()
+    settings = section(steps=2 * task.rows("train") // 16, batch_size=16, non_finite="skip")
+    trainee = pupil(LORA, settings)
+    notes = taught(trainee, settings, Poisoned(task.x, task.y))
+    assert trainee.progress.skipped == 2  # row 7 comes once in each of two epochs
+    assert notes.rows[-2]["skipped"] == 2
+    assert all(p.isfinite().all() for p in trainee.model.parameters())
+    assert json.loads(json.dumps(notes.rows, allow_nan=False)) == notes.rows
+
+
+def test_where_every_step_would_be_left_out_the_run_stops() -> None:
+    task, settings = planted(), section(steps=60, lr=1e-3, non_finite="skip")
+    hopeless = Poisoned(task.x * float("inf"), task.y)
+    trainee = pupil(LORA, settings)
+    with pytest.raises(NotFiniteError, match=r"step 10: .*as in the 9 steps before"):
+        taught(trainee, settings, hopeless)
 
 
 def test_scoring_leaves_the_model_in_training() -> None:

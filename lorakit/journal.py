@@ -1,0 +1,107 @@
+"""What is told of a run while it goes on: written to its folder, and shown."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from lorakit import checkpoint, models
+from lorakit.checkpoint import Meta
+from lorakit.disk import sync
+from lorakit.errors import FolderError
+from lorakit.prepare import Prepared
+from lorakit.timetable import Timetable
+from lorakit.train import Row, Trainee
+
+
+class Screen(Protocol):
+    """Where a person watches."""
+
+    def note(self, text: str) -> None:
+        """A thing to be said aloud, once."""
+
+    def warn(self, text: str) -> None:
+        """A thing not to be missed."""
+
+    def begin(self, done: int, timetable: Timetable, start_ranks: int) -> None:
+        """Training starts, `done` steps in; so many ranks there are to learn from."""
+
+    def tick(self, step: int) -> None:
+        """A step is over."""
+
+    def log(self, row: Row) -> None:
+        """A row of metrics.jsonl."""
+
+
+class Journal:
+    """Writes what the loop tells: metrics.jsonl and checkpoints; and shows it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        prepared: Prepared,
+        screen: Screen,
+        writes: bool,
+        signals: Sequence[int],
+    ) -> None:
+        self.folder, self.prepared, self.screen, self.writes = folder, prepared, screen, writes
+        self.signals = signals
+        self.latest: Row = {}
+
+    def tick(self, step: int) -> None:
+        """Passes it on."""
+        if self.writes:
+            self.screen.tick(step)
+
+    def log(self, row: Row) -> None:
+        """Appends a line."""
+        if not self.writes:
+            return
+        path = self.folder / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise FolderError(f"{path} cannot be written: {error.strerror}.") from error
+        self.screen.log(row)
+        self.latest = row
+
+    def save(self, trainee: Trainee) -> None:
+        """Writes a checkpoint, with the scores if this step has been evaluated."""
+        if not self.writes:
+            return
+        step, prepared = trainee.progress.step, self.prepared
+        head = prepared.task.head()
+        names = prepared.task.metric_names()
+        scored = self.latest if self.latest.get("step") == step else {}
+        meta = Meta(
+            step=step,
+            progress=asdict(trainee.progress),
+            labels=head.labels,
+            head=prepared.base.head,
+            whole=prepared.whole,
+            plans={name: (planned.rank, planned.scale) for name, planned in prepared.plans.items()},
+            scores={name: scored[name] for name in names if name in scored},
+            precision=_precision(prepared.base),
+            kind=head.kind,
+            multiple=head.multiple,
+        )
+        sync(self.folder / "metrics.jsonl")  # all that comes before the checkpoint
+        checkpoint.save(self.folder, trainee, prepared.whole_modules(), meta)
+        if prepared.recipe.train.keep_last is not None:
+            lengths = (stage.steps for stage in trainee.controller.stages())
+            ends = set(accumulate(lengths))
+            checkpoint.keep_newest(self.folder, prepared.recipe.train.keep_last, ends)
+
+    def stopping(self) -> bool:
+        """Whether a signal has come."""
+        return bool(self.signals)
+
+
+def _precision(base: models.Base) -> str:
+    dtypes = {p.dtype for p in base.model.parameters() if not p.requires_grad}
+    return "bf16" if torch.bfloat16 in dtypes else "fp32"

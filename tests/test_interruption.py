@@ -1,0 +1,295 @@
+"""Runs that are stopped, killed, or met by another; checkpoints that are not as they were written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from lorakit import checkpoint, recipe, run
+from lorakit.checkpoint import find, newest
+from lorakit.disk import locked, sweep, whole_folder
+from lorakit.errors import FolderError, Stopped
+
+Lorakit = Callable[..., Any]
+TINY = Path("runs/tiny")
+
+
+class Screen:
+    """Raises a signal once a step is over, and keeps what it is told."""
+
+    def __init__(self, number: int | None = None, step: int = 0) -> None:
+        self.number, self.step = number, step
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+    def warn(self, text: str) -> None:
+        self.said.append(text)
+
+    def begin(self, *_: object) -> None:
+        pass
+
+    def tick(self, step: int) -> None:
+        if step == self.step and self.number is not None:
+            signal.raise_signal(self.number)
+
+    def log(self, row: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.fixture
+def finished(recipe: Path, lorakit: Lorakit) -> Path:
+    """A run with checkpoints at steps 2, 4 and 6."""
+    answer = lorakit("train", recipe, "train.save_every=2", "train.eval_every=null")
+    assert answer.code == 0, answer.err
+    return TINY
+
+
+def files(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint."""
+    parts = ("adapter", "head", "state")
+    return {
+        f"{part}/{key}": value
+        for part in parts
+        for key, value in load_file(folder / f"{part}.safetensors").items()
+    }
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*.tmp")]
+
+
+# stopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_finishes_its_step_saves_and_goes_on_as_if_it_had_not(
+    recipe: Path, lorakit: Lorakit, number: signal.Signals
+) -> None:
+    whole = lorakit("train", recipe, "adapter.dropout=0.1", "output_dir=runs/whole")
+    assert whole.code == 0, whole.err
+    loaded = _loaded(recipe, "adapter.dropout=0.1")
+    with pytest.raises(Stopped, match="stopped at step 5 of 6.*lorakit train runs/tiny --resume"):
+        run.run(loaded, resume=False, screen=Screen(number, step=4))
+    assert find(TINY, "last").name == "step-000005"
+    assert lorakit("train", TINY, "--resume").code == 0
+    assert_close(files(find(TINY, "last")), files(find(Path("runs/whole"), "last")), rtol=0, atol=0)
+    assert _told(TINY) == _told(Path("runs/whole"))
+
+
+def _loaded(path: Path, *overrides: str) -> Any:
+    return recipe.load(path, overrides)
+
+
+def _told(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in row if key != "samples_per_s"} for row in rows]
+
+
+def test_a_signal_after_the_last_step_is_too_late_to_stop_anything(recipe: Path) -> None:
+    outcome = run.run(_loaded(recipe), resume=False, screen=Screen(signal.SIGTERM, step=6))
+    assert outcome is not None
+    assert outcome.step == 6
+
+
+def test_the_second_signal_is_as_deadly_as_ever() -> None:
+    with run.told_to_stop() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_ends_as_a_shell_has_it(
+    recipe: Path, lorakit: Lorakit, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    from lorakit.display import Watch
+
+    tick = Watch.tick
+
+    def tick_and_stop(self: Any, step: int) -> None:
+        tick(self, step)
+        if step == 3:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(Watch, "tick", tick_and_stop)
+    answer = lorakit("train", recipe)
+    assert answer.code == code
+    assert "go on with: lorakit train runs/tiny --resume" in answer.err
+    assert "error" not in answer.err
+
+
+# two at once
+
+
+def test_two_runs_do_not_write_into_one_folder(finished: Path, lorakit: Lorakit) -> None:
+    with locked(finished):
+        answer = lorakit("train", finished, "--resume")
+    assert answer.code == 2
+    assert "another process trains into it" in answer.err
+    assert lorakit("train", finished, "--resume").code == 0
+
+
+def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from lorakit.disk import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(FolderError, match="another process"), locked(tmp_path):
+            pass
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        with locked(tmp_path):
+            pass
+
+
+def test_what_a_killed_process_left_is_swept_away_and_what_a_living_one_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    (tmp_path / f".step-000004.{gone.pid}.tmp").mkdir()
+    (tmp_path / f".best.{gone.pid}.tmp").touch()
+    kept = {f".last.{os.getpid()}.tmp", ".mine.tmp", "notes.tmp"}
+    for name in kept:
+        (tmp_path / name).touch()
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    (tmp_path / f".pruned.{gone.pid}.tmp").mkdir()
+    with whole_folder(tmp_path / "pruned"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "pruned"}
+
+
+# not as it was written
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("adapter.safetensors", "head.safetensors", "state.safetensors"),
+        *("state.json", "recipe.yaml", "manifest.json"),
+    ],
+)
+def test_a_byte_changed_anywhere_or_cut_off_is_found_and_the_file_named(
+    finished: Path, name: str
+) -> None:
+    folder = find(finished, "last")
+    path = folder / name
+    content = path.read_bytes()
+    step = max(1, len(content) // 40)
+    for at in [*range(0, len(content), step), len(content) - 1]:
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        refused(finished, name)
+        path.write_bytes(content[:at])
+        refused(finished, name)
+    path.unlink()
+    refused(finished, name)
+    path.write_bytes(content)
+    assert find(finished, "last") == folder
+
+
+def refused(finished: Path, name: str) -> None:
+    """A change in the manifest may make it name a file that never was."""
+    says = "is not as it was written" if name == "manifest.json" else name
+    with pytest.raises(FolderError, match=says) as error:
+        find(finished, "last")
+    assert "Whole are: 2, 4; choose by --checkpoint." in str(error.value)
+
+
+@pytest.mark.parametrize("pointer", ["best", "last"])
+def test_a_pointer_to_nowhere_is_refused(finished: Path, pointer: str) -> None:
+    path = finished / "checkpoints" / pointer
+    for content in (b"", b"step-000005\n", b"../../elsewhere\n", b"\xff\n"):
+        path.write_bytes(content)
+        with pytest.raises(FolderError, match=rf"{pointer} names .*among: 2, 4, 6"):
+            find(finished, pointer)
+
+
+def test_a_run_whose_last_checkpoint_is_broken_goes_on_from_the_one_before(
+    finished: Path, lorakit: Lorakit
+) -> None:
+    before, last = files(find(finished, "last")), find(finished, "last")
+    path = last / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    answer = lorakit("train", finished, "--resume")
+    assert answer.code == 0
+    assert "state.safetensors" in answer.err
+    assert "resumed at step 4 of 6" in answer.err
+    assert_close(files(find(finished, "last")), before, rtol=0, atol=0)
+    assert (last.parent / "broken-step-000006").is_dir()
+
+
+def test_a_run_without_a_whole_checkpoint_says_so_and_touches_nothing(
+    finished: Path, lorakit: Lorakit
+) -> None:
+    for path in finished.glob("checkpoints/step-*/state.json"):
+        path.write_text("{}")
+    answer = lorakit("train", finished, "--resume")
+    assert answer.code == 2
+    assert "has no whole checkpoint: 3 faults" in answer.err
+    assert len(list(finished.glob("checkpoints/step-*"))) == 3
+
+
+def test_a_checkpoint_that_was_written_but_not_yet_pointed_to_is_gone_on_from(
+    finished: Path,
+) -> None:
+    (finished / "checkpoints" / "last").write_text("step-000002\n")
+    assert newest(finished) == (finished / "checkpoints" / "step-000006", ())
+
+
+def test_a_recipe_that_was_changed_in_the_run_folder_is_not_gone_on_with(
+    finished: Path, lorakit: Lorakit
+) -> None:
+    path = finished / "recipe.yaml"
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.002"))
+    answer = lorakit("train", finished, "--resume")
+    assert answer.code == 2
+    assert "step-000006 was started with another recipe: 1 fault" in answer.err
+
+
+def test_only_the_newest_and_the_best_are_kept_where_the_recipe_says_so(
+    recipe: Path, lorakit: Lorakit
+) -> None:
+    short = ("train.save_every=1", "train.eval_every=2", "train.keep_last=2")
+    assert lorakit("train", recipe, *short).code == 0
+    kept = {path.name for path in (TINY / "checkpoints").glob("step-*")}
+    assert {"step-000005", "step-000006", find(TINY, "best").name} == kept
+    assert not leftovers(TINY)
+
+
+def test_the_ends_of_stages_are_kept_always(recipe: Path, lorakit: Lorakit) -> None:
+    stages = ("sparsity.schedule=linear", "sparsity.levels=3", "sparsity.lambda=1")
+    short = ("train.save_every=1", "train.eval_every=null", "train.keep_last=1")
+    given = ["adapter.variant=sora", *(f"adapter.{key}" for key in stages), *short]
+    assert lorakit("train", recipe, *given).code == 0
+    kept = {path.name for path in (TINY / "checkpoints").glob("step-*")}
+    assert (
+        {"step-000002", "step-000004", "step-000006"}
+        <= kept
+        <= {find(TINY).name} | {*("step-000002", "step-000004", "step-000006")}
+    )
+
+
+def test_going_on_elsewhere_is_told(finished: Path, lorakit: Lorakit) -> None:
+    path = finished / "environment.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, "threads": 64}))
+    checkpoints = finished / "checkpoints"
+    checkpoint.remove(checkpoints / "step-000006")
+    answer = lorakit("train", finished, "--resume")
+    assert answer.code == 0
+    assert "threads 64 there, 1 here: the last digits of results may differ" in answer.err
