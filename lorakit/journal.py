@@ -17,6 +17,9 @@ from lorakit.prepare import Prepared
 from lorakit.timetable import Timetable
 from lorakit.train import Row, Trainee
 
+RUN_AWAY = 1.5
+"""A loss so many times the first one's is no noise of batches: training has made things worse."""
+
 
 class Screen(Protocol):
     """Where a person watches."""
@@ -50,6 +53,7 @@ class Journal:
     ) -> None:
         self.folder, self.prepared, self.screen, self.writes = folder, prepared, screen, writes
         self.signals = signals
+        self.first_loss: float | None = None
         self.latest: Row = {}
 
     def tick(self, step: int) -> None:
@@ -68,6 +72,7 @@ class Journal:
         except OSError as error:
             raise FolderError(f"{path} cannot be written: {error.strerror}.") from error
         self.screen.log(row)
+        self._watch(row)
         self.latest = row
 
     def save(self, trainee: Trainee) -> None:
@@ -96,6 +101,20 @@ class Journal:
             lengths = (stage.steps for stage in trainee.controller.stages())
             ends = set(accumulate(lengths))
             checkpoint.keep_newest(self.folder, prepared.recipe.train.keep_last, ends)
+
+    def _watch(self, row: Row) -> None:
+        """Warns, once, of a loss far above the first that was told."""
+        loss = row.get("loss") if "ranks" in row else None
+        if loss is None:
+            return
+        if self.first_loss is None:
+            self.first_loss = loss
+        elif loss > RUN_AWAY * self.first_loss:
+            self.screen.warn(
+                f"step {row['step']:,}: the loss has risen to {loss:.3g}, from {self.first_loss:.3g}; "
+                "a lower train.lr may help"
+            )
+            self.first_loss = float("inf")
 
     def stopping(self) -> bool:
         """Whether a signal has come."""

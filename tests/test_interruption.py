@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, or met by another; checkpoints that are not as they were written."""
+"""Runs that are stopped, killed, or met by another; checkpoints that have changed on disk."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_a_run_that_is_told_to_stop_finishes_its_step_saves_and_goes_on_as_if_it
     whole = lorakit("train", recipe, "adapter.dropout=0.1", "output_dir=runs/whole")
     assert whole.code == 0, whole.err
     loaded = _loaded(recipe, "adapter.dropout=0.1")
-    with pytest.raises(Stopped, match="stopped at step 5 of 6.*lorakit train runs/tiny --resume"):
+    with pytest.raises(Stopped, match=r"stopped at step 5 of 6.*lorakit train runs/tiny --resume"):
         run.run(loaded, resume=False, screen=Screen(number, step=4))
     assert find(TINY, "last").name == "step-000005"
     assert lorakit("train", TINY, "--resume").code == 0
@@ -128,6 +128,30 @@ def test_the_command_ends_as_a_shell_has_it(
     assert answer.code == code
     assert "go on with: lorakit train runs/tiny --resume" in answer.err
     assert "error" not in answer.err
+
+
+# numbers
+
+
+def test_a_run_without_a_finite_loss_names_the_last_good_checkpoint(
+    recipe: Path, lorakit: Lorakit
+) -> None:
+    answer = lorakit("train", recipe, "train.lr=1e30", "train.clip=null", "train.save_every=1")
+    assert answer.code == 2
+    assert "the loss is nan" in answer.err
+    good = find(TINY, "last")
+    assert f"The last good checkpoint is {good}." in answer.err
+    assert all(value.isfinite().all() for value in load_file(good / "state.safetensors").values())
+
+
+def test_a_loss_that_runs_away_is_told_once(recipe: Path, lorakit: Lorakit) -> None:
+    given = ("train.lr=3", "train.log_every=1", "train.warmup=0", "train.schedule=constant")
+    answer = lorakit("train", recipe, *given)
+    assert answer.code == 0, answer.err
+    losses = [row["loss"] for row in _told(TINY) if "ranks" in row]
+    assert max(losses) > 1.5 * losses[0]
+    assert answer.err.count("a lower train.lr may help") == 1
+    assert "may help" not in lorakit("train", recipe, "output_dir=runs/calm").err
 
 
 # two at once
