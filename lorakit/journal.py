@@ -110,10 +110,8 @@ class Journal:
         if self.first_loss is None:
             self.first_loss = loss
         elif loss > RUN_AWAY * self.first_loss:
-            self.screen.warn(
-                f"step {row['step']:,}: the loss has risen to {loss:.3g}, from {self.first_loss:.3g}; "
-                "a lower train.lr may help"
-            )
+            risen = f"the loss has risen to {loss:.3g}, from {self.first_loss:.3g}"
+            self.screen.warn(f"step {row['step']:,}: {risen}; a lower train.lr may help")
             self.first_loss = float("inf")
 
     def stopping(self) -> bool:
