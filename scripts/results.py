@@ -99,7 +99,7 @@ def _pruned(run: Path, out: Path, *options: object) -> Row:
         lorakit("prune", run, "--out", out, *options)
     card = json.loads((out / "lorakit.json").read_text())
     scored = lorakit("eval", out, "--batch-size", 128)
-    forms = card.get("bytes_by_form", {"plain": card["bytes"][1]})
+    forms = card.get("bytes_by_form") or {"plain": card["bytes"][1]}
     return {
         "scores": scored["scores"],
         "ranks": sum(card["ranks"].values()),
