@@ -42,9 +42,9 @@ class VariantConfig(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout on the input of the update; the base model's own path is untouched."""
     targets: str | tuple[str, ...] = "all-linear"
-    """The linears to adapt: `all-linear` (never the head), or names; a name is the end of a
-    module's dotted name (`query`, `attention.output.dense`) or a regular expression for all of
-    it."""
+    """The linears to adapt: `all-linear` (never the head or a language model's output layer), or
+    names; a name is the end of a module's dotted name (`query`, `attention.output.dense`) or a
+    regular expression for all of it."""
     exclude: tuple[str, ...] = ()
     """Names, as in `targets`, to leave out."""
     layers: str | None = Field(None, pattern=r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
@@ -62,6 +62,11 @@ class VariantConfig(Section):
     def scale(self) -> float:
         """s, the same for every linear."""
         return self.alpha / self.rank
+
+    @property
+    def weights_from(self) -> str | None:
+        """The model whose W a start is taken from; None: the base itself."""
+        return None
 
 
 class Factors(NamedTuple):
@@ -88,6 +93,7 @@ class Plan(NamedTuple):
     scale: float  # s
     start: Factors | None = None  # the pair to go on from; its own scale is folded in
     fresh: bool = True  # False: a checkpoint's tensors come next, a costly start is not computed
+    weight: Callable[[], Tensor] | None = None  # W for a start, (m, n), where not the base's own
 
 
 class Adapter(nn.Module, ABC):
@@ -107,6 +113,12 @@ class Adapter(nn.Module, ABC):
         self.n, self.m = widths(base)
         self.r, self.scale = plan.rank, plan.scale
         self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight as it is stored: T5 looks at its precision."""
+        stored: Tensor = self.base.weight  # type: ignore[assignment]
+        return stored
 
     @final  # type: ignore[misc]  # nn.Module declares forward as an attribute
     def forward(self, x: Tensor) -> Tensor:

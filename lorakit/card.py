@@ -11,6 +11,7 @@ from lorakit import __version__
 
 if TYPE_CHECKING:
     from lorakit.bops import Costs
+    from lorakit.merge import Merged
     from lorakit.prune import Selection
     from lorakit.trained import Trained
 
@@ -73,12 +74,11 @@ def card(trained: Trained, pruned: Pruned) -> str:
     plain = pruned.form == "plain"
     kept, total = sum(pruned.ranks.values()), sum(pruned.start.values())
     lines = ["---", f"library_name: {'peft' if plain else 'lorakit'}"]
-    if not trained.base.name.startswith("package:"):
-        lines.append(f"base_model: {json.dumps(trained.base.name)}")
+    lines += _base_model(trained)
     title = f"# {pruned.source.name}, {'pruned' if plain else 'packed'}"
     lines += ["tags: [lora, lorakit]", "---", "", title, ""]
     kind = "A LoRA adapter" if plain else "A low-rank adapter in integer codes"
-    lines.append(f"{kind} for `{trained.base.name}`, {kept} of {total} ranks kept.")
+    lines.append(f"{kind} for `{_base(trained)}`, {kept} of {total} ranks kept.")
     lines += [*_training(trained), "", "```python", *_loading(trained, pruned), "```", ""]
     if trained.head.labels:
         lines += [f"Labels, in the order of the outputs: {', '.join(trained.head.labels)}.", ""]
@@ -91,6 +91,44 @@ def card(trained: Trained, pruned: Pruned) -> str:
         lines += ["", GROWN]
     if pruned.limits:
         lines += ["", "Other readers:", "", *(f"- {limit}" for limit in pruned.limits)]
+    return "\n".join(lines) + "\n"
+
+
+def _base(trained: Trained) -> str:
+    """The base model as others may know it: a folder of this machine by its own name alone."""
+    name = trained.base.name
+    return Path(name).name if name.startswith(("/", "~", ".")) else name
+
+
+def _base_model(trained: Trained) -> list[str]:
+    """The hub's word for it, where it may be the hub's."""
+    name = trained.base.name
+    known = name == _base(trained) and not name.startswith("package:")
+    return [f"base_model: {json.dumps(name)}"] if known else []
+
+
+def merged_card(trained: Trained, merged: Merged) -> str:
+    """Markdown: what this model is, how to load it, and how it was checked."""
+    lines = ["---", "library_name: transformers"]
+    lines += _base_model(trained)
+    lines += ["tags: [lorakit]", "---", "", f"# {merged.source.name}, merged", ""]
+    lines.append(
+        f"`{_base(trained)}` with the update of {merged.linears} linears added to its weights "
+        f"in float32, stored in {merged.dtype}."
+    )
+    loader = _loader(trained).removeprefix("AutoPeft")
+    code = [
+        f"from transformers import Auto{loader}",
+        "",
+        f"model = Auto{loader}.from_pretrained(FOLDER)",
+    ]
+    lines += [*_training(trained), "", "```python", *code, "```", ""]
+    if trained.head.labels:
+        lines += [f"Labels, in the order of the outputs: {', '.join(trained.head.labels)}.", ""]
+    lines.append(
+        "Read back by transformers alone, the largest difference of a logit to the base with its "
+        f"adapter was {merged.difference:.2g}."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -117,6 +155,11 @@ def _training(trained: Trained) -> list[str]:
             f"`{recipe.task.name}`, seed {recipe.seed}, to step {trained.step}; "
             "`recipe.yaml` beside this file has every setting."
         )
+    if trained.base.quantize is not None:
+        lines.append(
+            f"The linears of its base were stored in {trained.base.quantize} codes; over weights "
+            "in full precision it is not the same model."
+        )
     if trained.scores:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in trained.scores.items())
         lines.append(f"Validation scores of the run at that step ({trained.precision}): {scores}.")
@@ -132,7 +175,28 @@ def _loading(trained: Trained, pruned: Pruned) -> list[str]:
             "",
             "model = open_trained(Path(FOLDER)).model",
         ]
-    return [f"from peft import {_loader(trained)}", "", _call(trained)]
+    codes = _codes(trained)
+    imports = ["import transformers"] if codes else []
+    return [*imports, f"from peft import {_loader(trained)}", "", *codes, _call(trained)]
+
+
+def _codes(trained: Trained) -> list[str]:
+    """How transformers is told to store the base as lorakit does; modules trained whole are not."""
+    base = trained.base
+    if base.quantize is None:
+        return []
+    bits = 8 if base.quantize == "int8" else 4
+    given = [f"load_in_{bits}bit=True"]
+    if bits == 4:
+        given.append(f"bnb_4bit_quant_type={base.quantize!r}")
+        given.append(f"bnb_4bit_use_double_quant={base.double_quant}")
+    if trained.whole:
+        given.append(f"llm_int8_skip_modules={list(trained.whole)}")
+    return [
+        "codes = transformers.BitsAndBytesConfig(",
+        *(f"    {argument}," for argument in given),
+        ")",
+    ]
 
 
 def _modules(pruned: Pruned) -> list[str]:
@@ -154,7 +218,8 @@ def _loader(trained: Trained) -> str:
 
 def _call(trained: Trained) -> str:
     count = f", num_labels={len(trained.head.labels)}" if trained.head.labels else ""
-    return f"model = {_loader(trained)}.from_pretrained(FOLDER{count})"
+    codes = ", quantization_config=codes, dtype='auto'" if trained.base.quantize else ""
+    return f"model = {_loader(trained)}.from_pretrained(FOLDER{count}{codes})"
 
 
 def provenance(trained: Trained, pruned: Pruned, selection: Selection) -> dict[str, Any]:

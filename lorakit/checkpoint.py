@@ -22,9 +22,10 @@ import json
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as encoded
@@ -212,24 +213,32 @@ def meta(folder: Path) -> Meta:
     """What a checkpoint says of itself.
 
     Raises:
-        FolderError: state.json is missing, broken or of a later format.
+        FolderError: state.json is missing, broken or of a later format; all faults are listed.
 
     """
+    path = folder / "state.json"
     try:
-        state = json.loads((folder / "state.json").read_text())
-        given = state["format"]
-        state.pop("lorakit")
-        if given > FORMAT:
-            raise FolderError(f"{folder} has format {given}; this lorakit reads up to {FORMAT}.")
-        found = Meta(**state)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FolderError(f"{folder / 'state.json'} cannot be read: {error}.") from error
-    return found._replace(
-        labels=tuple(found.labels),
-        head=tuple(found.head),
-        whole=tuple(found.whole),
-        plans={name: (rank, scale) for name, (rank, scale) in found.plans.items()},
-    )
+        state = json.loads(path.read_bytes())
+        if state["format"] > FORMAT:
+            raise FolderError(
+                f"{folder} has format {state['format']}; this lorakit reads up to {FORMAT}."
+            )
+        del state["lorakit"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise FolderError(f"{path} cannot be read: {error}.") from error
+    return _typed(Meta, state, path)
+
+
+T = TypeVar("T")
+
+
+def _typed(kind: type[T], given: Mapping[str, Any], path: Path) -> T:
+    """What was read, as what it must be; raises FolderError with every key that is not so."""
+    try:
+        return TypeAdapter(kind).validate_python(given)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors()]
+        raise FolderError(several(f"{path} cannot be read", faults)) from None
 
 
 def load_weights(
@@ -249,18 +258,29 @@ def load_weights(
 
 
 def load_state(folder: Path, trainee: Trainee) -> None:
-    """Puts back what a run needs to go on as if it had never stopped."""
-    tensors = _read(folder / "state.safetensors")
+    """Puts back what a run needs to go on as if it had never stopped.
+
+    Raises:
+        FolderError: a part of it is missing, or is another run's.
+
+    """
+    path = folder / "state.safetensors"
     parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "controller": {}, "random": {}}
-    for key, value in tensors.items():
-        part, _, name = key.partition("/")
-        parts[part][name] = value
-    load_state_tensors(trainee.model, trainee.optimizer, parts["optimizer"])
-    trainee.controller.load_state_dict(parts["controller"])
-    vars(trainee.progress).update(asdict(Progress(**meta(folder).progress)))
-    torch.set_rng_state(parts["random"].pop("cpu"))
-    for name, state in parts["random"].items():
-        torch.cuda.set_rng_state(state, int(name))
+    progress = _typed(Progress, meta(folder).progress, folder / "state.json")
+    try:
+        for key, value in _read(path).items():
+            part, _, name = key.partition("/")
+            parts[part][name] = value
+        if not parts["optimizer"]:
+            raise ValueError("no moments of the optimizer")
+        load_state_tensors(trainee.model, trainee.optimizer, parts["optimizer"])
+        trainee.controller.load_state_dict(parts["controller"])
+        torch.set_rng_state(parts["random"].pop("cpu"))
+        for name, state in parts["random"].items():
+            torch.cuda.set_rng_state(state, int(name))
+    except (LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise FolderError(f"{path} does not fit this run: {error!r}.") from error
+    vars(trainee.progress).update(asdict(progress))
 
 
 @torch.no_grad()

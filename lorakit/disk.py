@@ -2,12 +2,13 @@
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorakit.errors import FolderError
+from lorakit.errors import FolderError, LorakitError
 
 
 @contextmanager
@@ -27,8 +28,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         sync(temporary)
         os.rename(temporary, path)
         sync(path.parent)
-    except OSError as error:
-        raise FolderError(f"{path} cannot be written: {error.strerror or error}.") from error
+    except LorakitError:
+        raise
+    except Exception as error:
+        if (reason := _reason(error)) is None:
+            raise
+        raise FolderError(f"{path} cannot be written: {reason}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -115,6 +120,18 @@ def _lock(handle: int, folder: Path) -> None:
         raise FolderError(f"{folder}: another process trains into it; wait, or stop it.") from None
     except OSError:  # a file system without locks
         return
+
+
+def _reason(error: Exception) -> str | None:
+    """What the system has answered; None where it was not asked.
+
+    Libraries in Rust (safetensors, tokenizers) tell it by exceptions of their own, in words:
+    `No space left on device (os error 28)`.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(told[1])) if told else None
 
 
 def _beside(path: Path) -> Path:

@@ -5,8 +5,11 @@ Progress and notes go to standard error, results to standard output.
 
 from __future__ import annotations
 
+import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,9 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -35,6 +40,21 @@ COMMON = {"step", "loss", "norm", "lr", "samples_per_s", "ranks"}
 """What every logged row has; what else is there, the variant tells."""
 
 
+LOG = logging.getLogger("lorakit")
+"""Where long work far from a screen tells how far it has come."""
+
+
+class _Heard(logging.Handler):
+    """Passes the lines of a log on."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
+
+
 class Watch:
     """Shows a run: a bar on a terminal, a line now and then elsewhere."""
 
@@ -43,11 +63,15 @@ class Watch:
         self.bar: Progress | None = None
         self.steps, self.first, self.start_ranks = 0, 0, 0
         self.started = perf_counter()
+        self.heard = _Heard(self.note)
 
     def __enter__(self) -> Watch:
+        LOG.addHandler(self.heard)
+        LOG.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *_: object) -> None:
+        LOG.removeHandler(self.heard)
         if self.bar is not None:
             self.bar.stop()
 
@@ -107,6 +131,36 @@ class Watch:
     def _seconds_left(self, step: int) -> float:
         done = max(1, step - self.first)
         return (perf_counter() - self.started) / done * (self.steps - step)
+
+
+@contextmanager
+def counting(console: Console, what: str, quiet: bool) -> Iterator[Callable[[], None]]:
+    """Shows on a terminal how many of `what` are done: a function to call for each."""
+    if quiet or not console.is_terminal:
+        yield lambda: None
+        return
+    columns = (SpinnerColumn(), TextColumn(f"{{task.completed:,.0f}} {what}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda: bar.update(task, advance=1)
+
+
+def answer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line for each text and what was said of it; of probabilities, the largest."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in rows[0]:
+        if name != "probabilities":
+            number = name == "probability"
+            table.add_column(name, overflow="fold", justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(_said(value) for key, value in row.items() if key != "probabilities"))
+    return table
+
+
+def _said(value: Any) -> Text:
+    if isinstance(value, list):
+        return Text(", ".join(map(str, value)) or "none")
+    return Text(f"{value:.3f}" if isinstance(value, float) else str(value))
 
 
 def rank_table(start: Mapping[str, int], kept: Mapping[str, int]) -> Table:
@@ -199,6 +253,26 @@ def cost_table(costs: Costs, ranks: Mapping[str, int]) -> Table:
     return table
 
 
+def measured_table(
+    rows: Mapping[str, int],
+    scores: Mapping[str, Mapping[str, float]],
+    errors: Mapping[str, Mapping[str, float]],
+) -> Table:
+    """A line for each task and metric, with its standard error."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("task")
+    table.add_column("rows", justify="right")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("±", justify="right")
+    for task, values in scores.items():
+        for i, (metric, value) in enumerate(values.items()):
+            error = errors.get(task, {}).get(metric)
+            of = (task, f"{rows[task]:,}" if task in rows else "") if i == 0 else ("", "")
+            table.add_row(*of, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+    return table
+
+
 def two_columns(rows: Sequence[tuple[str, str]]) -> Table:
     """Names and values, without lines."""
     table = Table.grid(padding=(0, 2))
@@ -215,6 +289,17 @@ def before_after(rows: Sequence[tuple[str, str, str]], title: str) -> Group:
     for row in rows:
         table.add_row(*row)
     return Group(Text(title, style="italic"), table)  # a table's own title breaks at its width
+
+
+def ranks(start: Mapping[str, int], kept: Mapping[str, int]) -> tuple[str, str, str]:
+    """A row of `before_after`: all ranks, at the start and kept."""
+    have, had = sum(kept.values()), sum(start.values())
+    return ("ranks", f"{had}", f"{have} ({have / had:.0%})")
+
+
+def print_json(value: Any) -> None:
+    """To standard output; what JSON has no word for, as text."""
+    print(json.dumps(value, indent=2, default=str))
 
 
 def size(count: float) -> str:

@@ -17,9 +17,20 @@ PACKAGES = (
     "transformers",
     "datasets",
     "accelerate",
+    "bitsandbytes",
     "safetensors",
     "tokenizers",
 )
+MORE = ("huggingface_hub", "peft", "pydantic", "pyyaml", "numpy", "scikit-learn")
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HUB_OFFLINE",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TOKENIZERS_PARALLELISM",
+)
+"""Whose values are told in a report: numbers and words. No other variable is ever looked at."""
 
 NUMERIC = ("device", "processor", "threads", "processes")
 """What else sums are taken in another order by."""
@@ -37,6 +48,18 @@ def environment(engine: Engine) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": engine.processes,
+    }
+
+
+def report(engine: Engine) -> dict[str, Any]:
+    """What a report of a fault needs: `environment`, more versions, what the processor can do."""
+    found = environment(engine)
+    return {
+        **found,
+        "packages": {**found["packages"], **{name: _version(name) for name in MORE}},
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from lorakit import tasks
 from lorakit.engine import Engine
 from lorakit.errors import DataError, LorakitError
@@ -19,6 +21,10 @@ class Wanted:
     split: str = "validation"
     limit: int | None = None
     batch_size: int = 64
+    few_shot: int | None = None
+    """Of the harness's tasks alone, as the next: examples before each question."""
+    include: Path | None = None
+    """A folder with tasks for the harness."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,7 @@ def score(trained: Trained, wanted: Wanted, precision: str) -> Scored:
         LorakitError: no task is named and none is known.
 
     """
-    name, task = task_for(trained, wanted)
-    check_fit(trained, task, name)
-    task = task.ready(trained.tokenizer).limited(wanted.split, wanted.limit)
+    name, task = _ready(trained, wanted)
     engine = Engine()
     model = engine.prepare(trained.model)
     scores = tasks.evaluate(model, task, wanted.split, wanted.batch_size, engine.device)
@@ -52,14 +56,44 @@ def score(trained: Trained, wanted: Wanted, precision: str) -> Scored:
     return Scored(trained.path, name, wanted.split, rows, precision, scores, task.notes)
 
 
-def task_for(trained: Trained, wanted: Wanted) -> tuple[str, Task]:
-    """The wanted task and its name, with the run's own settings where it is the run's own task."""
-    recipe = trained.recipe
-    own = recipe.task.name if recipe else None
-    name = wanted.task or own
+def outputs(trained: Trained, wanted: Wanted) -> tuple[Tensor, tuple[str, ...]]:
+    """What `trained` says of each row, (rows, outputs), and what was done to the rows.
+
+    Raises:
+        DataError, LorakitError: as `score`, but rows need no labels.
+
+    """
+    _, task = _ready(trained, wanted)
+    engine = Engine()
+    model = engine.prepare(trained.model)
+    found = tasks.outputs(model, task, wanted.split, wanted.batch_size, engine.device)
+    return found, task.notes
+
+
+def task_name(trained: Trained, wanted: Wanted) -> str:
+    """The wanted task, else the run's own.
+
+    Raises:
+        LorakitError: neither is known.
+
+    """
+    name = wanted.task or (trained.recipe.task.name if trained.recipe else None)
     if name is None:
         raise LorakitError(f"{trained.path} does not say what it was trained on; give --task.")
-    if recipe is not None and name == own:
+    return name
+
+
+def _ready(trained: Trained, wanted: Wanted) -> tuple[str, Task]:
+    """The task's name, and the task with the rows that are wanted."""
+    name, task = task_for(trained, wanted)
+    check_fit(trained, task, name)
+    return name, task.ready(trained.tokenizer).limited(wanted.split, wanted.limit)
+
+
+def task_for(trained: Trained, wanted: Wanted) -> tuple[str, Task]:
+    """The wanted task and its name, with the run's own settings where it is the run's own task."""
+    recipe, name = trained.recipe, task_name(trained, wanted)
+    if recipe is not None and name == recipe.task.name:
         section, data = recipe.task, recipe.data
     elif name in tasks.OWN:
         raise LorakitError(f"--task {name}: {trained.path} carries no `data` section for it.")

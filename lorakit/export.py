@@ -2,18 +2,19 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
-from lorakit import bops, models, packed, peft_format
+from lorakit import bops, gguf_format, models, packed, peft_format
 from lorakit import recipe as recipes
 from lorakit.bops import Costs
 from lorakit.card import Pruned, card, provenance
 from lorakit.codes import CodedPair
-from lorakit.disk import refuse_existing, whole_folder
+from lorakit.disk import refuse_existing, whole_file, whole_folder
 from lorakit.errors import LorakitError, NotCodedError, NotLowRankError
 from lorakit.packed import PackedAdapter
 from lorakit.peft_format import PeftAdapter
@@ -52,7 +53,7 @@ def export(trained: Trained, out: Path, selection: Selection, layout: Layout = "
     coded = None if selection.lossy else _codes(trained)
     with whole_folder(out) as folder:
         peft_format.write(folder, adapter)
-        _write_beside(trained, folder)
+        write_beside(trained, folder)
         after = _reloaded(trained, folder)
         expected = before if not selection.lossy else _in_memory(trained, result.pairs)
         size = peft_format.size(folder)
@@ -65,13 +66,13 @@ def export(trained: Trained, out: Path, selection: Selection, layout: Layout = "
             parameters=(_at_start(trained), sum(p.parameters for p in adapter.pairs.values())),
             size=(trained.size, size),
             error=result.error,
-            difference=_largest(after, expected),
-            shift=_largest(after, before),
+            difference=largest(after, expected),
+            shift=largest(after, before),
             limits=limits(result.pairs, trained.whole, layout),
             forms=forms,
             costs=_costs(trained, coded),
         )
-        _refuse_wrong(pruned, TOLERANCE * max(1.0, float(expected.abs().max())))
+        refuse_wrong(f"{out}: read back", pruned.difference, tolerance(expected))
         _describe(trained, pruned, selection, folder)
     return pruned
 
@@ -91,7 +92,7 @@ def pack(trained: Trained, out: Path) -> Pruned:
     before = logits(trained.model, models.probe(trained.model))
     with whole_folder(out) as folder:
         packed.write(folder, _as_packed(trained, pairs))
-        _write_beside(trained, folder)
+        write_beside(trained, folder)
         base, found = _fresh(trained), packed.read(folder)
         with_codes(base, found, folder)
         after = logits(base.model.eval(), models.probe(base.model))
@@ -104,16 +105,73 @@ def pack(trained: Trained, out: Path) -> Pruned:
             parameters=(_at_start(trained), sum(pair.parameters for pair in pairs.values())),
             size=(trained.size, size),
             error=0.0,
-            difference=_largest(after, before),
-            shift=_largest(after, before),
+            difference=largest(after, before),
+            shift=largest(after, before),
             limits=("only lorakit reads packed folders",),
             form="packed",
             forms={"packed": size} | ({} if plain_size is None else {"plain": plain_size}),
             costs=_costs(trained, pairs),
         )
-        _refuse_wrong(pruned, 0.0)
+        refuse_wrong(f"{out}: read back", pruned.difference, 0.0)
         _describe(trained, pruned, Selection(), folder)
     return pruned
+
+
+@dataclass(frozen=True)
+class Converted:
+    """An adapter file of llama.cpp's, and how it compares with what it was written from."""
+
+    out: Path
+    source: Path
+    linears: int
+    """How many have a pair in it."""
+    ranks: int
+    size: int
+    """In bytes."""
+    difference: float
+    """Largest entry by which an update that the file holds differs from the trained one."""
+
+
+def convert(trained: Trained, out: Path) -> Converted:
+    """Writes `trained` to the file `out` for llama.cpp.
+
+    Raises:
+        FolderError: `out` exists or cannot be written.
+        NotLowRankError: a layer has no plain pair.
+        LorakitError: more than pairs was trained, llama.cpp has no place for a pair, or what is
+            read back is another update; then nothing is left.
+
+    """
+    refuse_existing(out, "Choose another with --out.")
+    config, pairs = cast(Any, trained.model.config), plain(trained.layers)
+    _refuse_more_than_pairs(trained, pairs)
+    gguf_format.check(config, list(pairs))
+    with whole_file(out) as temporary:
+        gguf_format.write(temporary, pairs, config)
+        found = gguf_format.read(temporary, config, list(pairs))
+        live = {name: pair for name, pair in pairs.items() if pair.rank}
+        if found.keys() != live.keys():
+            raise LorakitError(f"{out}: read back, it lacks {sorted(live.keys() - found.keys())}.")
+        products = {name: (pair.B @ pair.A, found[name]) for name, pair in live.items()}
+        difference = max(largest(dW, back.B @ back.A) for dW, back in products.values())
+        top = max(float(dW.abs().max()) for dW, _ in products.values())
+        refuse_wrong(f"{out}: read back", difference, TOLERANCE * top, "its updates")
+        size = temporary.stat().st_size
+    ranks = sum(pair.rank for pair in live.values())
+    return Converted(out, trained.path, len(live), ranks, size, difference)
+
+
+def _refuse_more_than_pairs(trained: Trained, pairs: Pairs) -> None:
+    kind, whole = trained.head.kind, ", ".join(trained.whole)
+    if kind != "CAUSAL_LM" or whole:
+        what = f"{whole} trained whole" if whole else f"a head of kind {kind}"
+        raise LorakitError(
+            f"--format gguf: llama.cpp's adapters are pairs for a causal language model, and "
+            f"{trained.path} has {what}. `lorakit merge` writes a whole model, which llama.cpp's "
+            "own converter takes."
+        )
+    if not any(pair.rank for pair in pairs.values()):
+        raise LorakitError(f"{trained.path} has no rank left; there is nothing to write.")
 
 
 def limits(pairs: Pairs, whole: Mapping[str, Any], layout: Layout) -> tuple[str, ...]:
@@ -126,8 +184,8 @@ def limits(pairs: Pairs, whole: Mapping[str, Any], layout: Layout) -> tuple[str,
         said.append(f"vLLM refuses adapters with trained modules ({', '.join(whole)})")
     if layout == "pattern" and len(ranks) > 1:
         said.append(
-            "llama.cpp scales each tensor by alpha over its own rank, which mixed ranks break: "
-            "write --layout uniform for it"
+            "llama.cpp's converter knows one alpha for all ranks: take the file of `lorakit export "
+            "--format gguf`, or --layout uniform"
         )
     if ranks and not whole:
         said.append(f"vLLM wants --max-lora-rank of at least {max(ranks)}")
@@ -175,8 +233,8 @@ def _plain_size(trained: Trained) -> int | None:
         return peft_format.size(Path(folder))
 
 
-def _write_beside(trained: Trained, folder: Path) -> None:
-    """Tokenizer and recipe."""
+def write_beside(trained: Trained, folder: Path) -> None:
+    """Tokenizer and recipe, which go along with whatever is written of an adapter."""
     trained.tokenizer.save_pretrained(folder)
     if trained.recipe is not None:
         (folder / "recipe.yaml").write_text(recipes.dump(trained.recipe), encoding="utf-8")
@@ -214,13 +272,20 @@ def _in_memory(trained: Trained, pairs: Pairs) -> torch.Tensor:
     return logits(base.model.eval(), models.probe(base.model))
 
 
-def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
+def largest(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference of two models' answers."""
     return float((one - other).abs().max())
 
 
-def _refuse_wrong(pruned: Pruned, allowed: float) -> None:
-    if not pruned.difference <= allowed:
+def tolerance(answers: torch.Tensor) -> float:
+    """How far other answers may be from these."""
+    return TOLERANCE * max(1.0, float(answers.abs().max()))
+
+
+def refuse_wrong(what: str, difference: float, allowed: float, whose: str = "its logits") -> None:
+    """Raises LorakitError where the logits of `what` are not within what is `allowed`."""
+    if not difference <= allowed:  # nor where it is no number
         raise LorakitError(
-            f"{pruned.out}: read back, its logits differ by {pruned.difference:.2g}, more than "
-            f"{allowed:.2g}. Nothing was written. This is a fault of lorakit's: please report it."
+            f"{what}, {whose} differ by {difference:.2g}, more than {allowed:.2g}. Nothing was "
+            "written. This is a fault of lorakit's: please report it."
         )

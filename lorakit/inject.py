@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapter import Adapter, Factors, Plan, VariantConfig
-from lorakit.base import is_linear, widths
+from lorakit.base import is_linear, is_quantized, widths
 from lorakit.errors import RecipeError, nearest, several
 
 ALL = "all-linear"
@@ -19,7 +19,7 @@ def trained_whole(model: nn.Module, head: Sequence[str], also: Sequence[str]) ->
     """The head's modules and those that `adapter.also_train` names, by full name.
 
     Raises:
-        RecipeError: a name of `also` fits no module.
+        RecipeError: a name of `also` fits no module, or one whose weights are stored in codes.
 
     """
     names = [
@@ -31,6 +31,12 @@ def trained_whole(model: nn.Module, head: Sequence[str], also: Sequence[str]) ->
     for given in also:
         found = [name for name in names if _ends(name, given)]
         chosen += found
+        faults += [
+            f"adapter.also_train: {given!r}: the weights of {name} are stored in codes, which "
+            "cannot be trained; leave it out, or model.quantize."
+            for name in found
+            if any(map(is_quantized, model.get_submodule(name).modules()))
+        ]
         if not found:
             ends = {end for name in names for end in (_short(name), name.rpartition(".")[2])}
             near = nearest(given, ends) or f" Modules here: {', '.join(sorted(ends))}."
@@ -55,7 +61,9 @@ def sites(model: nn.Module, config: VariantConfig, whole: Sequence[str]) -> dict
         if is_linear(module) and not any(name == w or name.startswith(f"{w}.") for w in whole)
     }
     targets = (config.targets,) if isinstance(config.targets, str) else config.targets
-    matched = {t: list(linears) if t == ALL else _matching(t, linears) for t in targets}
+    output = getattr(model, "get_output_embeddings", lambda: None)()  # a language model's
+    every = [name for name, linear in linears.items() if linear is not output]
+    matched = {t: every if t == ALL else _matching(t, linears) for t in targets}
     excluded = {e: _matching(e, linears) for e in config.exclude}
     blocks = {name: _block(name) for name in linears}
     wanted = None if config.layers is None else _numbers(config.layers)

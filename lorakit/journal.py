@@ -1,7 +1,8 @@
 """What is told of a run while it goes on: written to its folder, and shown."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -65,12 +66,8 @@ class Journal:
         """Appends a line."""
         if not self.writes:
             return
-        path = self.folder / "metrics.jsonl"
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise FolderError(f"{path} cannot be written: {error.strerror}.") from error
+        with self._rows() as path, path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         self.screen.log(row)
         self._watch(row)
         self.latest = row
@@ -95,12 +92,22 @@ class Journal:
             kind=head.kind,
             multiple=head.multiple,
         )
-        sync(self.folder / "metrics.jsonl")  # all that comes before the checkpoint
+        with self._rows() as path:
+            sync(path)  # all that comes before the checkpoint
         checkpoint.save(self.folder, trainee, prepared.whole_modules(), meta)
         if prepared.recipe.train.keep_last is not None:
             lengths = (stage.steps for stage in trainee.controller.stages())
             ends = set(accumulate(lengths))
             checkpoint.keep_newest(self.folder, prepared.recipe.train.keep_last, ends)
+
+    @contextmanager
+    def _rows(self) -> Iterator[Path]:
+        """metrics.jsonl; within it, what the disk answers becomes a message."""
+        path = self.folder / "metrics.jsonl"
+        try:
+            yield path
+        except OSError as error:
+            raise FolderError(f"{path} cannot be written: {error.strerror}.") from error
 
     def _watch(self, row: Row) -> None:
         """Warns, once, of a loss far above the first that was told."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from lorakit.adapter import Adapter, Shrunk
+from lorakit.base import bitsandbytes
 from lorakit.errors import RecipeError
 from lorakit.schema import Section
 
@@ -17,6 +18,10 @@ from lorakit.schema import Section
 class OptimSection(Section):
     """AdamW and its learning rate over the run."""
 
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw32bit"] = "adamw"
+    """AdamW by torch; or by bitsandbytes, with moments in 8 bits (those of tensors of 4,096 numbers
+    or more), or in memory that a GPU moves to the host's when it runs short (`paged_`; on a CPU the
+    same as without)."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.0
@@ -27,11 +32,20 @@ class OptimSection(Section):
     """Share of the steps in which the rate rises from 0 to its peak."""
 
 
-def adamw(model: nn.Module, layers: Mapping[str, Adapter], section: OptimSection) -> AdamW:
+_BITSANDBYTES = {
+    "adamw8bit": "AdamW8bit",
+    "paged_adamw8bit": "PagedAdamW8bit",
+    "paged_adamw32bit": "PagedAdamW32bit",
+}
+_SMALL = 4096
+"""Tensors of fewer numbers keep their moments in 32 bits (bitsandbytes' own `min_8bit_size`)."""
+
+
+def adamw(model: nn.Module, layers: Mapping[str, Adapter], section: OptimSection) -> Optimizer:
     """AdamW over all that is trainable in `model`; a layer's `optim()` overrides single parameters.
 
-    Parameters of equal settings share a group, which keeps its peak rate under `peak`. Fused: one
-    kernel for all parameters of a group.
+    Parameters of equal settings share a group, which keeps its peak rate under `peak`. Torch's is
+    fused: one kernel for all parameters of a group.
     """
     special = {
         id(getattr(layer, name)): settings
@@ -46,8 +60,39 @@ def adamw(model: nn.Module, layers: Mapping[str, Adapter], section: OptimSection
             decay = own.get("weight_decay", section.weight_decay if p.ndim > 1 else 0.0)
             group = {"params": [], "lr": peak, "peak": peak, "weight_decay": decay}
             groups.setdefault((peak, decay), group)["params"].append(p)
+    if section.optimizer in _BITSANDBYTES:
+        return _of_bitsandbytes(section.optimizer, list(groups.values()))
     fused = all(p.device.type in ("cpu", "cuda", "mps", "xpu") for p in model.parameters())
     return AdamW(list(groups.values()), fused=fused)
+
+
+def _of_bitsandbytes(name: str, groups: list[dict[str, Any]]) -> Optimizer:
+    """Where there is nothing to page, the same optimizer without."""
+    kind = _BITSANDBYTES[name]
+    if not torch.cuda.is_available():
+        kind = kind.removeprefix("Paged")
+    made: Optimizer = getattr(bitsandbytes().optim, kind)(groups)
+    return made
+
+
+def notes(model: nn.Module, section: OptimSection) -> tuple[str, ...]:
+    """Where the optimizer of that name is not what its name says."""
+    said = []
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if section.optimizer.endswith("8bit"):
+        sizes = [p.numel() for p in trained]
+        large = sum(size for size in sizes if size >= _SMALL)
+        said.append(
+            f"{section.optimizer}: {large / sum(sizes):.0%} of the trained numbers have moments in "
+            f"8 bits; tensors of fewer than {_SMALL:,} keep theirs in 32"
+        )
+    if section.optimizer.startswith("paged_") and not torch.cuda.is_available():
+        said.append(f"{section.optimizer}: without a GPU there is nothing to page; memory is plain")
+    return tuple(said)
+
+
+_SECOND = "state2"
+"""bitsandbytes' name of the second moment."""
 
 
 def factor(step: int, steps: int, section: OptimSection) -> float:
@@ -91,14 +136,24 @@ def rates(optimizer: Optimizer) -> Callable[[nn.Parameter], float]:
 
 
 def second_moments(optimizer: Optimizer) -> Callable[[nn.Parameter], Tensor]:
-    """A function that tells Adam's second moment of a parameter, v_hat = v / (1 - beta_2^t)."""
+    """A function that tells Adam's second moment of a parameter, v_hat = v / (1 - beta_2^t).
+
+    Raises:
+        RecipeError: when called for moments that are stored in 8 bits.
+
+    """
     beta_2: float = optimizer.defaults["betas"][1]
 
     def v_hat(p: nn.Parameter) -> Tensor:
         state = optimizer.state.get(p)
         if not state:  # it has had no gradient yet
             return torch.zeros_like(p)
-        v: Tensor = state["exp_avg_sq"]
+        v: Tensor = state[_SECOND] if _SECOND in state else state["exp_avg_sq"]
+        if v.dtype == torch.uint8:
+            raise RecipeError(
+                "train.optimizer: the variant reads second moments, which this one rounds to "
+                "8 bits; take adamw or paged_adamw32bit."
+            )
         return v / (1 - beta_2 ** int(state["step"]))
 
     return v_hat
@@ -116,26 +171,30 @@ def compact(optimizer: Optimizer, shrunk: Iterable[Shrunk], kept: Tensor) -> Non
     }
     for old, new, axis in shrunk:
         state = optimizer.state.pop(old, {})
-        if any(value.dtype == torch.uint8 for value in state.values()):
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        if any(value.dtype == torch.uint8 for value in tensors.values()):
             raise RecipeError(
                 "adapter: blockwise 8-bit moments cannot be compacted, since a block spans ranks; "
                 "turn compaction off, or take an optimizer with 32-bit moments."
             )
         group, i = places[id(old)]
         group["params"][i] = new
-        optimizer.state[new] = {
+        optimizer.state[new] = state | {
             key: value.index_select(axis, kept.to(value.device))
+            for key, value in tensors.items()
             if value.shape == old.shape
-            else value
-            for key, value in state.items()
         }
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: `classifier.weight.exp_avg`. No pickle needed."""
+    """The optimizer's state by parameter name: `classifier.weight.exp_avg`. No pickle needed.
+
+    Counts become tensors of int64, and what parameters share, as the tables of 8-bit codes, is
+    there for each.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     return {
-        f"{names[id(p)]}.{key}": value
+        f"{names[id(p)]}.{key}": value.clone() if isinstance(value, Tensor) else torch.tensor(value)
         for p, state in optimizer.state.items()
         for key, value in state.items()
     }
@@ -149,4 +208,5 @@ def load_state_tensors(
     for full, value in tensors.items():
         name, _, key = full.rpartition(".")
         p = parameters[name]
-        optimizer.state[p][key] = value.to(p.device)
+        count = value.dtype == torch.int64
+        optimizer.state[p][key] = int(value) if count else value.to(p.device)

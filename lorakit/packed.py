@@ -18,7 +18,7 @@ from typing import Annotated, NamedTuple
 import torch
 from pydantic import (
     AfterValidator,
-    NonNegativeInt,
+    Field,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -51,12 +51,13 @@ def _width(value: int) -> int:
 
 Width = Annotated[int, AfterValidator(_width)]
 Single = Annotated[PositiveFloat, AfterValidator(_single)]
+Size = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class TensorHeader(Section):
     """One tensor of codes."""
 
-    shape: tuple[NonNegativeInt, ...]
+    shape: tuple[Size, ...]
     bits: Width
     step: Single
 
@@ -80,7 +81,7 @@ class LayerHeader(Section):
     """One linear: A (k, n), E (k,) or null, B (m, k), and its quantisers."""
 
     start: PositiveInt
-    scale: PositiveFloat
+    scale: Annotated[PositiveFloat, Field(lt=2.0**127)]
     A: TensorHeader
     E: TensorHeader | None
     B: TensorHeader
@@ -197,7 +198,7 @@ def read(folder: Path) -> PackedAdapter:
     try:
         text, weights = (folder / HEADER).read_bytes(), (folder / WEIGHTS).read_bytes()
         header, tensors = _header(text), load(weights)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
         raise FolderError(f"{folder} cannot be read as a packed adapter: {error}") from error
     faults = _tensor_faults(header, tensors)
     if _checksum(header, weights) != header.sha256:
@@ -271,6 +272,10 @@ def _tensor_faults(header: Header, tensors: Mapping[str, Tensor]) -> list[str]:
     for key, tensor in tensors.items():
         kind, _, rest = key.partition("/")
         name, inside, _ = rest.partition("/")
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            faults.append(f"{key}: holds nan or inf")
+        if tensor.is_complex():
+            faults.append(f"{key}: {tensor.dtype}; expected fractions")
         if key in wanted:
             faults += _size_fault(key, wanted[key], tensor)
         elif kind != "whole" or name not in header.whole or not inside:

@@ -3,25 +3,30 @@
 Scale and gates are folded into B, so every module is written with alpha equal to its rank: scale
 alpha / r = 1 for readers that know patterns (PEFT) and for those that read only the global pair
 (vLLM). Modules of rank 0 are left out, since PEFT refuses them.
+
+A folder may come from anybody. Nothing in it is executed: weights are read as safetensors alone,
+settings as JSON of the types they must have, and patterns, which are regular expressions, within a
+time.
 """
 
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorakit import peft_config
 from lorakit.adapter import Factors
 from lorakit.errors import FolderError, several
+from lorakit.peft_config import CONFIG, Patterns, PeftConfig
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-
-
+WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
+_FRACTIONS = ("weight", "bias")
 _MORE = (
     "use_dora",
     "lora_bias",
@@ -95,45 +100,82 @@ def write(folder: Path, adapter: PeftAdapter) -> None:
 
 
 def read(folder: Path) -> PeftAdapter:
-    """Reads a LoRA of PEFT's, ours or another's.
+    """Reads a LoRA of PEFT's, ours or another's, and believes nothing in it.
 
     Raises:
-        FolderError: the files are missing or broken, or it is no plain LoRA on linear layers.
+        FolderError: a file is missing or broken, the settings are not of their types or disagree
+            with the weights, a number is not finite, or it is no plain LoRA on linear layers; all
+            faults of the weights are listed.
 
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"{CONFIG} is no mapping")
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise FolderError(f"{folder} cannot be read as a PEFT adapter: {error}.") from error
+    config, tensors = peft_config.read(folder), _tensors(folder)
     _refuse_other_kinds(config, folder)
-    names = [key.removeprefix(PREFIX) for key in tensors]
-    tensors = dict(zip(names, tensors.values(), strict=True))
     A = {_stem(name): t for name, t in tensors.items() if name.endswith(".lora_A.weight")}
     B = {_stem(name): t for name, t in tensors.items() if name.endswith(".lora_B.weight")}
-    whole: dict[str, dict[str, Tensor]] = {}
     faults = [f"{name}: A or B is missing" for name in sorted(A.keys() ^ B.keys())]
+    whole: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             continue
-        if module := _owner(name, config.get("modules_to_save") or ()):
+        if module := _owner(name, config.modules_to_save or ()):
             whole.setdefault(module, {})[name.removeprefix(f"{module}.")] = tensor.float()
         else:
             faults.append(f"{name}: neither lora_A, lora_B nor of a module saved whole")
+    ranks = Patterns(folder, "rank_pattern", config.rank_pattern or {}, config.r)
+    alphas = Patterns(folder, "alpha_pattern", config.alpha_pattern or {}, config.lora_alpha)
     pairs = {}
-    for name in A.keys() & B.keys():
-        a, b = A[name], B[name]
-        if a.ndim == b.ndim == 2 and len(a) == b.shape[1]:
-            pairs[name] = Factors(a.float(), _scale(name, config, len(a)) * b.float())
-        else:
+    for name in [name for name in A if name in B]:  # in the file's order
+        a, b, rank = A[name], B[name], ranks.of(name)
+        if not (a.ndim == b.ndim == 2 and len(a) == b.shape[1]):
             faults.append(f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} make no product")
-    pairs = {name: pairs[name] for name in A if name in pairs}  # in the file's order
+        elif len(a) != rank:
+            faults.append(f"{name}: A and B have rank {len(a)}, {CONFIG} says {rank:g}")
+        else:
+            scale = alphas.of(name) / (rank**0.5 if config.use_rslora else rank)
+            pairs[name] = Factors(a.float(), scale * b.float())
+    faults += [
+        f"{name}: B times its scale, {alphas.of(name):g} over the rank, is not finite"
+        for name, pair in pairs.items()
+        if not pair.B.isfinite().all()
+    ]
     if faults or not pairs:
         raise FolderError(several(str(folder), faults or ["no lora_A and lora_B in its weights"]))
-    base = str(config.get("base_model_name_or_path") or "")
-    return PeftAdapter(pairs, whole, base, config.get("task_type"))
+    return PeftAdapter(pairs, whole, config.base_model_name_or_path or "", config.task_type)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """The weights by name, without PEFT's prefix.
+
+    Raises:
+        FolderError: no safetensors, or a name twice, or a number that is not finite, or integers
+            where there should be fractions; all such are listed.
+
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = (folder / WEIGHTS).with_suffix(".bin").exists()
+        hint = "; adapter_model.bin is a pickle, which may run code, and is not read" * pickled
+        raise FolderError(f"{folder}: there is no file {WEIGHTS}{hint}.")
+    try:
+        saved = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FolderError(f"{path} cannot be read: {error}.") from error
+    tensors: dict[str, Tensor] = {}
+    faults = []
+    for key, tensor in saved.items():
+        name = key.removeprefix(PREFIX)
+        if not name.isprintable():
+            faults.append(f"{name!r}: no name of a module")
+        elif name in tensors:
+            faults.append(f"{name}: twice, with and without {PREFIX}")
+        elif tensor.is_complex() or (name.endswith(_FRACTIONS) and not tensor.is_floating_point()):
+            faults.append(f"{name}: {tensor.dtype}; expected fractions")
+        elif not tensor.float().isfinite().all():
+            faults.append(f"{name}: holds nan or inf")
+        tensors[name] = tensor
+    if faults:
+        raise FolderError(several(str(path), faults))
+    return tensors
 
 
 def _key(name: str, names: Iterable[str]) -> str:
@@ -146,22 +188,14 @@ def _key(name: str, names: Iterable[str]) -> str:
     return name if hits == [name] else f"^{re.escape(name)}"
 
 
-def _scale(name: str, config: Mapping[str, Any], rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rslora, as PEFT computes it for this module."""
-    patterns = config.get("alpha_pattern") or {}
-    hit = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), name)
-    alpha = float(patterns.get(hit, config.get("lora_alpha", 8)))
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _refuse_other_kinds(config: Mapping[str, Any], folder: Path) -> None:
+def _refuse_other_kinds(config: PeftConfig, folder: Path) -> None:
     faults = []
-    if config.get("peft_type") != "LORA":
-        faults.append(f"peft_type is {config.get('peft_type')!r}, not 'LORA'")
-    if config.get("bias", "none") != "none":
-        faults.append(f"bias is {config['bias']!r}: it trains base biases, which no pair holds")
-    faults += [f"{key} is set: its update is more than B A" for key in _MORE if config.get(key)]
-    if isinstance(init := config.get("init_lora_weights"), str) and init.startswith(
+    if config.peft_type != "LORA":
+        faults.append(f"peft_type is {config.peft_type!r}, not 'LORA'")
+    if config.bias != "none":
+        faults.append(f"bias is {config.bias!r}: it trains base biases, which no pair holds")
+    faults += [f"{key} is set: its update is more than B A" for key in _MORE if config.other(key)]
+    if isinstance(init := config.other("init_lora_weights"), str) and init.startswith(
         ("pissa", "olora", "loftq", "corda", "lora_ga")
     ):
         faults.append(

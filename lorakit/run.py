@@ -88,7 +88,7 @@ def _begun(
         checkpoint.load_weights(last, prepared.layers, prepared.whole_modules())
     trainee = _trainee(prepared, engine)  # after the weights: they may have been compacted
     if not resume:
-        _make(folder, prepared.recipe, engine)
+        _make(folder, prepared, engine)
         return trainee
     _go_on(folder, last, trainee, engine)
     say(f"resumed at step {trainee.progress.step:,} of {prepared.timetable.steps:,}")
@@ -208,15 +208,14 @@ def _trainee(prepared: Prepared, engine: Engine) -> Trainee:
     return Trainee(model, prepared.layers, controller, optimizer, Progress())
 
 
-def _make(folder: Path, recipe: Recipe, engine: Engine) -> None:
+def _make(folder: Path, prepared: Prepared, engine: Engine) -> None:
     """The run folder with what is known before training."""
     if not engine.is_main:
         return
+    known = environment(engine) | {"revisions": {"model": prepared.base.commit}}
     with whole_folder(folder) as temporary:
-        (temporary / "recipe.yaml").write_text(recipes.dump(recipe), encoding="utf-8")
-        (temporary / "environment.json").write_text(
-            json.dumps(environment(engine), indent=2) + "\n"
-        )
+        (temporary / "recipe.yaml").write_text(recipes.dump(prepared.recipe), encoding="utf-8")
+        (temporary / "environment.json").write_text(json.dumps(known, indent=2) + "\n")
         (temporary / "metrics.jsonl").touch()
 
 

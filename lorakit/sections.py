@@ -13,7 +13,7 @@ from lorakit.adapter import VariantConfig
 from lorakit.data import DataSection
 from lorakit.models import ModelSection
 from lorakit.schema import Section
-from lorakit.tasks import OWN, TaskSection
+from lorakit.tasks import OWN, TaskSection, glue
 from lorakit.timetable import TrainSection
 from lorakit.yamltext import Path as KeyPath
 
@@ -43,6 +43,15 @@ class Recipe(Section):
     """Dotted keys that hold for single tasks, by the task's name; those of the task that the
     recipe or the command line names are applied when a recipe is read, and written into the run
     where they belong."""
+
+    @field_validator("task")
+    @classmethod
+    def _task_has_rows_to_train_on(cls, task: TaskSection) -> TaskSection:
+        if task.name not in (*glue.NAMES, *OWN):
+            raise ValueError(
+                f"{task.name} is only for scoring; train glue/mnli, then eval --task {task.name}"
+            )
+        return task
 
     @field_validator("data")
     @classmethod

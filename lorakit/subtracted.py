@@ -14,6 +14,14 @@ from lorakit.base import dense_weight, device_of
 class SubtractedConfig(VariantConfig):
     """The settings of variants whose start is taken from W and subtracted."""
 
+    source: str | None = None
+    """Over a quantised base: a model in full precision, named as `model.name` is, whose W the start
+    is taken from; null: from the quantised W."""
+
+    @property
+    def weights_from(self) -> str | None:
+        return self.source
+
     @field_validator("init_from")
     @classmethod
     def _one_start(cls, folder: str | None) -> str | None:
@@ -45,7 +53,8 @@ class Subtracted(Adapter):
     def __init__(self, base: nn.Module, config: VariantConfig, plan: Plan) -> None:
         super().__init__(base, config, plan)
         if plan.fresh:
-            first = self.start(dense_weight(base), config)
+            W = dense_weight(base) if plan.weight is None else plan.weight()
+            first = self.start(W, config)
         else:
             A0 = torch.zeros(self.r, self.n, device=device_of(base))
             first = Factors(A0, torch.zeros(self.m, self.r, device=A0.device))

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorakit.errors import RecipeError
+
 
 class Target(NamedTuple):
     """What is to be left, and the steps in which ranks die: `first` to `last`."""
@@ -23,16 +25,30 @@ class Target(NamedTuple):
     """How many ranks may die in one step: a twentieth of all, but always one."""
 
     @classmethod
-    def of(cls, cost: Tensor, keep: float, steps: int) -> "Target":
+    def of(
+        cls, cost: Tensor, keep: float, steps: int, begin: int = 1, end: int | None = None
+    ) -> "Target":
         """A share `keep` of ranks that cost `cost`, (r,), in a run of so many steps.
 
-        The first rank dies a quarter into the run, or sooner where deaths need more steps; a
-        `first` below 1 says that the run is too short.
+        The first rank dies a quarter into the run, or as soon behind that as `begin` allows, or
+        sooner where deaths need more steps; none dies after step `end`. A `first` before `begin`
+        says that there are too few steps.
         """
         left, at_most = keep * float(cost.sum()), max(1, len(cost) // 20)
-        last = max(1, 3 * steps // 4)
+        last = min(max(1, 3 * steps // 4), end or steps)
         most = dying(cost.sort().values, left)  # the cheapest first
-        return cls(left, min(steps // 4 + 1, last + 1 - ceil_div(most, at_most)), last, at_most)
+        first = min(max(begin, steps // 4 + 1), last + 1 - ceil_div(most, at_most))
+        return cls(left, first, last, at_most)
+
+    def refuse_haste(self, begin: int, key: str, count: int) -> None:
+        """Raises RecipeError, with the `key` that asks for it, if any of `count` ranks, or gates,
+        would have to die before step `begin`.
+        """
+        if self.first < begin:
+            raise RecipeError(
+                f"{key}: at most {self.at_most} of {count} may close in a step, and from step "
+                f"{begin} to step {self.last} not so many can; train longer."
+            )
 
     def due(self, score: Tensor, cost: Tensor, step: int) -> Tensor:
         """The steps each living rank has still to go, (k,): 0 dies in this, infinity stays.

@@ -241,9 +241,9 @@ def _from_peft(folder: Path, precision: Precision, other_base: str | None) -> Tr
 
 def _from_packed(folder: Path, precision: Precision, other_base: str | None) -> Trained:
     adapter, card = packed.read(folder), _card(folder)
-    section = _section(
-        ModelSection(name=adapter.base_model, revision=adapter.revision), precision, other_base
-    )
+    recipe = recipes.restore(folder) if (folder / "recipe.yaml").is_file() else None
+    alone = ModelSection(name=adapter.base_model, revision=adapter.revision)
+    section = _section(recipe.model if recipe else alone, precision, other_base)
     head = Head(adapter.labels, adapter.task_type, adapter.multiple)
     base = models.load(section, head, seed=0)
     layers = with_codes(base, adapter, folder)
@@ -255,7 +255,7 @@ def _from_packed(folder: Path, precision: Precision, other_base: str | None) -> 
         whole={name: base.model.get_submodule(name) for name in adapter.whole},
         head=head,
         base=section,
-        recipe=recipes.restore(folder) if (folder / "recipe.yaml").is_file() else None,
+        recipe=recipe,
         start=adapter.start,
         size=packed.size(folder),
         scores=card["scores"] if card else {},
@@ -286,8 +286,8 @@ def _labels(adapter: peft_format.PeftAdapter) -> tuple[str, ...]:
     """LABEL_0, LABEL_1, … as many as the saved head has outputs: its narrowest matrix."""
     matrices = [t for state in adapter.whole.values() for t in state.values() if t.ndim == 2]
     outputs = min((len(t) for t in matrices), default=0)
-    classifier = adapter.task_type == models.CLASSIFIER
-    return tuple(f"LABEL_{i}" for i in range(outputs)) if classifier else ()
+    labelled = adapter.task_type in (models.CLASSIFIER, "TOKEN_CLS")
+    return tuple(f"LABEL_{i}" for i in range(outputs)) if labelled else ()
 
 
 def logits(model: nn.Module, rows: Mapping[str, Tensor]) -> Tensor:

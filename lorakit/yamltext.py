@@ -10,13 +10,16 @@ from lorakit.errors import RecipeError
 
 Path = tuple[str | int, ...]
 
-LONGEST = 2**20
-"""Characters of a text. Recipes have some thousands."""
+LONGEST = 2**18
+"""Characters of a text. Recipes have some thousands; PyYAML takes a second for a million."""
 MOST = 10_000
 """Values of a document, those that an alias repeats counted each time: ten aliases of ten aliases,
 nine deep, would be a billion ("billion laughs")."""
 DEEPEST = 50
 """Levels of a document. Recipes have four."""
+LONGEST_NUMBER = 100
+"""Characters of a value that may be more than a word: 1:1:1:… is a number to YAML, one that takes
+seconds to work out."""
 
 
 class Document(NamedTuple):
@@ -27,8 +30,32 @@ class Document(NamedTuple):
     faults: list[str]
 
 
-class _Loader(yaml.SafeLoader):
+class _Limited(yaml.composer.Composer):
+    """Stops within a document that is too deep or too long, not behind it: each bracket that is
+    open costs time with every word that follows.
+    """
+
+    depth = values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Raises RecursionError below the deepest level, MarkedYAMLError behind the last value."""
+        self.depth, self.values = self.depth + 1, self.values + 1
+        if self.depth > DEEPEST:
+            raise RecursionError
+        if self.values > 2 * MOST:  # keys are nodes as well
+            mark = self.peek_event().start_mark  # type: ignore[attr-defined]  # a parser's
+            raise yaml.MarkedYAMLError(problem=f"more than {MOST:,} values", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+class _Loader(_Limited, yaml.SafeLoader):
     """Safe YAML 1.1, with YAML 1.2's numbers: PyYAML reads `1e-3` as a word."""
+
+
+class _Words(_Limited, yaml.BaseLoader):
+    """Every value is the word it is written with."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -94,7 +121,7 @@ def scalar(text: str) -> Any:
 def words(text: str) -> Any:
     """As `scalar`, with every number and `true` within it left as the word it is written with."""
     try:
-        node = yaml.compose(text, yaml.BaseLoader)
+        node = yaml.compose(text, _Words)
     except (yaml.YAMLError, RecursionError):
         return text
     return _words(node) if isinstance(node, yaml.SequenceNode) else text
@@ -126,6 +153,8 @@ def _value(loader: _Loader, node: yaml.Node, path: Path, into: Document) -> Any:
         return _mapping(loader, node, path, into)
     if isinstance(node, yaml.SequenceNode):
         return tuple(_value(loader, item, (*path, i), into) for i, item in enumerate(node.value))
+    if len(node.value) > LONGEST_NUMBER:
+        return str(node.value)
     try:
         return loader.construct_object(node)
     except ValueError:  # looks like a date or a number and is none, such as 2024-13-45

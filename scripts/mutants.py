@@ -32,8 +32,12 @@ TRAIN, PRUNE, PEFT = "tests/test_train.py", "tests/test_prune.py", "tests/test_p
 INJECT, CHECKPOINT = "tests/test_inject.py", "tests/test_checkpoint.py"
 COMPACT, KEEP = "tests/variants/test_sora_compact.py", "tests/variants/test_sora_keep.py"
 AXES, ADALORA = "tests/variants/test_sora_axes.py", "tests/variants/test_adalora.py"
+CHAINS, B = "tests/test_chains.py", "tests/variants/test_blora_target.py"
 Q, PER_TASK = "tests/test_quantizer.py", "tests/test_per_task.py"
 MODELS, LORA, DATA = "tests/test_models.py", "tests/variants/test_lora.py", "tests/test_data.py"
+
+SOURCES, COLUMNS = "tests/test_sources.py", "tests/test_columns.py"
+CACHE, TASKS, GLUE = "tests/test_cache.py", "tests/test_own_tasks.py", "tests/test_glue.py"
 
 MUTANTS = [
     Mutant(
@@ -98,6 +102,11 @@ MUTANTS = [
     Mutant("variants/sora.py", "ctx.forget(rewritten)", "pass", "old moments stay", AXES),
     Mutant("target.py", "place // self.at_most", "0 * place", "all may die at once", KEEP),
     Mutant("target.py", "3 * steps // 4", "steps", "no finish", KEEP),
+    Mutant("chains.py", ".cummax(1).values", "", "a chain closes in its middle", CHAINS),
+    Mutant("chains.py", "torch.where(due > 0, led, DEAD)", "led", "a gate is never shut", CHAINS),
+    Mutant(
+        "variants/blora.py", "else layer.rank(), layer.n", "else layer.r, layer.n", "dead bits", B
+    ),
     Mutant(
         "quantizer.py", "clamp_(-tops, tops)", "clamp_(-tops - 1, tops + 1)", "a code too wide", Q
     ),
@@ -183,6 +192,23 @@ MUTANTS = [
     ),
     Mutant("data/__init__.py", "if section.deduplicate:", "if False:", "duplicates stay", DATA),
     Mutant("data/batching.py", "(seed << 20) + epoch", "seed", "every epoch the same", DATA),
+    Mutant("data/tables.py", " and number >= 0 else", " else", "-1 is the last label", SOURCES),
+    Mutant("data/sources.py", "if reader.line_num > line:", "if False:", "swallowed", SOURCES),
+    Mutant("data/sources.py", "if len(found) < len(pairs):", "if False:", "keys twice", SOURCES),
+    Mutant("data/columns.py", "if (role,) in found:", "if False:", "text is no text", COLUMNS),
+    Mutant("data/labels.py", "if known else label", "if False else label", "numbers", COLUMNS),
+    Mutant("data/rows.py", "self._numbers[indices]", "indices", "rows of rows", CACHE),
+    Mutant("data/rows.py", "IN_MEMORY, dir", "2**40, dir", "all rows in memory", CACHE),
+    Mutant("data/cache.py", "== digest for", "is not None for", "a broken cache is used", CACHE),
+    Mutant("data/cache.py", "fcntl.lockf", "(lambda *_: 0)", "two do the same work", CACHE),
+    Mutant("data/encoding.py", "key_of([*settings, own]", "key_of([own]", "one length", CACHE),
+    Mutant("data/encoding.py", "backend.no_truncation()", "pass", "its last call", CACHE),
+    Mutant("data/splitting.py", "kept[~np.isin(", "kept[np.isin(", "scored texts stay", DATA),
+    Mutant("tasks/__init__.py", "torch.tensor(rows).argsort()", "rows", "disorder", TASKS),
+    Mutant("tasks/multilabel.py", "summed / len(self.labels)", "summed", "no mean", TASKS),
+    Mutant("tasks/tokens.py", 'kind != "I" or own != name', 'kind != "I"', "spans run on", TASKS),
+    Mutant("tasks/tokens.py", "word is None or word == before", "word is None", "pieces", TASKS),
+    Mutant("tasks/glue.py", "splits.setdefault(split, rows)", "splits[split] = rows", "ax", GLUE),
 ]
 
 

@@ -20,7 +20,10 @@ from lorakit.cli import app
 
 Lorakit = Callable[..., Answer]
 BIN = Path(sys.executable).parent
-COMMANDS = ("train", "prune", "eval", "schema", "recipes list", "recipes show", "recipes copy")
+COMMANDS = (
+    *("train", "prune", "merge", "export", "eval", "predict", "schema", "doctor", "env"),
+    *("recipes list", "recipes show", "recipes copy"),
+)
 
 
 def typed(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -146,7 +149,7 @@ def test_a_completion_script_is_printed(tmp_path: Path, shell: str) -> None:
 
 def test_commands_are_completed(tmp_path: Path) -> None:
     asked = {"_LORAKIT_COMPLETE": "complete_bash", "COMP_WORDS": "lorakit pr", "COMP_CWORD": "1"}
-    assert typed("lorakit", tmp_path, **asked).stdout.split() == ["prune"]
+    assert typed("lorakit", tmp_path, **asked).stdout.split() == ["prune", "predict"]
 
 
 # train, prune, eval

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from lorakit import data, tasks
-from lorakit.data import DataSection, batching
-from lorakit.data.batching import Encoded, encode, steps, steps_in_epoch
+from lorakit.data import DataSection, Splits, batching, labels
+from lorakit.data.batching import Encoded, steps, steps_in_epoch
+from lorakit.data.encoding import encode
+from lorakit.data.labels import Kind
+from lorakit.data.rows import Rows
 from lorakit.errors import DataError
 from lorakit.tasks import TaskSection
 
@@ -28,12 +31,16 @@ def section(train: str, **settings: Any) -> DataSection:
     return DataSection(train=train, **settings)
 
 
-def pairs(rows: data.Rows) -> list[tuple[str, str]]:
+def read(given: DataSection, kind: Kind = labels.ONE) -> Splits[Rows]:
+    return data.read(given, kind)
+
+
+def pairs(rows: Rows) -> list[tuple[str, str]]:
     """(first text, label) of each row, in alphabetical order."""
     return sorted((text[0], label) for text, label in zip(rows.texts, rows.labels, strict=True))
 
 
-def all_pairs(splits: data.Splits) -> list[tuple[str, str]]:
+def all_pairs(splits: Splits[Rows]) -> list[tuple[str, str]]:
     return sorted(pairs(splits.rows["train"]) + pairs(splits.rows["validation"]))
 
 
@@ -45,7 +52,7 @@ def many(count: int = 20) -> str:
 
 def refused(given: DataSection) -> str:
     with pytest.raises(DataError) as refusal:
-        data.read(given)
+        read(given)
     return str(refusal.value)
 
 
@@ -66,7 +73,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_is_read_with_its_quotes_commas_and_line_breaks(tmp_path: Path, name: str) -> None:
     path = written(tmp_path, name, FILES[name])
-    splits = data.read(section(path, held_out=0.5))
+    splits = read(section(path, held_out=0.5))
     assert all_pairs(splits) == sorted(ROWS)
     assert splits.labels == ("x", "y")
     assert splits.notes == ()
@@ -74,8 +81,8 @@ def test_a_file_is_read_with_its_quotes_commas_and_line_breaks(tmp_path: Path, n
 
 def test_columns_are_found_by_name_and_a_pair_of_texts_is_two_of_them(tmp_path: Path) -> None:
     path = written(tmp_path, "p.csv", "id,b,topic,a\n1,B,x,A\n2,D,y,C\n3,F,x,E\n4,H,y,G\n")
-    splits = data.read(section(path, text=("a", "b"), label="topic"))
-    texts = splits.rows["train"].texts + splits.rows["validation"].texts
+    splits = read(section(path, text=("a", "b"), label="topic"))
+    texts = [*splits.rows["train"].texts, *splits.rows["validation"].texts]
     assert sorted(texts) == [("A", "B"), ("C", "D"), ("E", "F"), ("G", "H")]
 
 
@@ -90,7 +97,7 @@ def test_a_folder_gives_each_folders_name_to_its_files_as_label(tmp_path: Path) 
             written(tmp_path, f"rows/{label}/{i}.txt", f" {label} {i}\n")
     written(tmp_path, "rows/x/notes.md", "no row")
     written(tmp_path, "rows/.hidden/0.txt", "no row")
-    splits = data.read(section(str(tmp_path / "rows")))
+    splits = read(section(str(tmp_path / "rows")))
     assert all_pairs(splits) == [("x 0", "x"), ("x 1", "x"), ("y 0", "y"), ("y 1", "y")]
 
 
@@ -99,20 +106,20 @@ def test_a_text_file_that_is_not_utf8_is_read_as_windows_1252_and_named(tmp_path
         for i in range(2):
             written(tmp_path, f"rows/{label}/{i}.txt", f"{label} {i}")
     written(tmp_path, "rows/y/9.txt", "caf\u00e9 \u20ac".encode("cp1252"))
-    splits = data.read(section(str(tmp_path / "rows")))
+    splits = read(section(str(tmp_path / "rows")))
     assert ("caf\u00e9 \u20ac", "y") in all_pairs(splits)
     assert splits.notes == ("1 file is not UTF-8, read as Windows-1252: y/9.txt",)
 
 
 def test_a_document_may_be_longer_than_pythons_own_limit_of_a_cell(tmp_path: Path) -> None:
     path = written(tmp_path, "long.csv", many(4) + f"{'word ' * 40_000},good\n")
-    assert max(len(text) for text, _ in all_pairs(data.read(section(path)))) == 200_000
+    assert max(len(text) for text, _ in all_pairs(read(section(path)))) == 200_000
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "txt,label\nx,y\n", "no column 'text'. Nearest: 'txt'. Columns: txt, label."),
+        ("a.csv", "txt,label\nx,y\n", "of the columns txt, label none is called like a text ("),
         ("a.csv", "text,label\nx\n", "a.csv line 2: no value in column 'label'."),
         ("a.csv", "text,label\nx,y\nx,\n", "a.csv line 3: no value in column 'label'."),
         ("a.csv", "text,label\nx,y\n  ,y\n", "a.csv line 3: no value in column 'text'."),
@@ -126,14 +133,22 @@ def test_a_document_may_be_longer_than_pythons_own_limit_of_a_cell(tmp_path: Pat
             'text,label\n"x,y\n',
             "a.csv line 2: unexpected end of data: is a double quote left open?",
         ),
-        ("a.csv", b"text,label\n\xff,y\n", "a.csv is not UTF-8 text; save it as such."),
+        (
+            "a.csv",
+            b"text,label\n\xff,y\n",
+            "a.csv line 2: byte 11 is not UTF-8 text; save the file as such.",
+        ),
         ("a.csv", "text,label\n", "holds no rows."),
         ("a.csv", "", "holds no rows."),
         ("a.jsonl", '{"text": "x"\n', "a.jsonl line 1: not JSON: "),
         ("a.jsonl", "[1]\n", "a.jsonl line 1: expected an object, one on each line."),
         ("a.jsonl", '{"text": null, "label": "y"}\n', "line 1: no value in column 'text'."),
         ("a.jsonl", '{"text": ["x"], "label": "y"}\n', "line 1: 'text' holds a list, no text."),
-        ("a.xlsx", "", "a.xlsx is not one of .csv, .tsv, .jsonl, nor a folder."),
+        (
+            "a.xlsx",
+            "",
+            "a.xlsx is not one of .csv, .tsv, .json, .jsonl, .parquet, .txt, nor a folder",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_its_line(
@@ -194,17 +209,17 @@ def test_a_label_of_the_validation_rows_alone_is_refused(tmp_path: Path) -> None
 
 def test_given_labels_keep_their_order(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", many(4))
-    assert data.read(section(path, labels=("good", "bad", "ugly"))).labels == (
+    assert read(section(path, labels=("good", "bad", "ugly"))).labels == (
         "good",
         "bad",
         "ugly",
     )
-    assert data.read(section(path)).labels == ("bad", "good")
+    assert read(section(path)).labels == ("bad", "good")
 
 
 def test_numbers_are_labels_too(tmp_path: Path) -> None:
     text = "".join(f'{{"text": "row {i}", "label": {i % 2}}}\n' for i in range(8))
-    assert data.read(section(written(tmp_path, "a.jsonl", text))).labels == ("0", "1")
+    assert read(section(written(tmp_path, "a.jsonl", text))).labels == ("0", "1")
 
 
 # duplicates and splits
@@ -213,9 +228,9 @@ def test_numbers_are_labels_too(tmp_path: Path) -> None:
 def test_a_repeated_text_is_left_out_before_the_split_and_counted(tmp_path: Path) -> None:
     again = "row 0 of good,good\nrow 0  of\tgood ,good\n row 1 of good,bad\n"
     path = written(tmp_path, "a.csv", many() + again)
-    splits = data.read(section(path))
+    splits = read(section(path))
     assert len(all_pairs(splits)) == 40
-    assert all_pairs(splits) == all_pairs(data.read(section(written(tmp_path, "b.csv", many()))))
+    assert all_pairs(splits) == all_pairs(read(section(written(tmp_path, "b.csv", many()))))
     assert splits.notes == (
         "3 of 43 rows repeat an earlier text and were left out, 1 of them with another label: "
         "40 remain",
@@ -224,14 +239,14 @@ def test_a_repeated_text_is_left_out_before_the_split_and_counted(tmp_path: Path
 
 def test_repeated_texts_stay_where_the_recipe_asks_for_them(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", many() + "row 0 of good,good\n")
-    splits = data.read(section(path, deduplicate=False))
+    splits = read(section(path, deduplicate=False))
     assert len(all_pairs(splits)) == 41
     assert splits.notes == ()
 
 
 def test_no_text_is_both_trained_on_and_scored(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", many() + many()[11:])
-    splits = data.read(section(path))
+    splits = read(section(path))
     train, held = (set(splits.rows[name].texts) for name in ("train", "validation"))
     assert not train & held
     assert len(train) + len(held) == 40
@@ -240,11 +255,11 @@ def test_no_text_is_both_trained_on_and_scored(tmp_path: Path) -> None:
 def test_texts_that_are_scored_are_not_trained_on_and_counted_aloud(tmp_path: Path) -> None:
     train = written(tmp_path, "a.csv", many())
     other = written(tmp_path, "b.csv", many(3).replace(" of", "   of") + "new,good\n")
-    splits = data.read(section(train, validation=other))
+    splits = read(section(train, validation=other))
     assert len(splits.rows["train"].texts) == 34
     assert len(splits.rows["validation"].texts) == 7
     assert splits.notes == ("6 training texts are validation texts too and were left out",)
-    told = data.read(section(train, validation=other, deduplicate=False))
+    told = read(section(train, validation=other, deduplicate=False))
     assert len(told.rows["train"].texts) == 40
 
 
@@ -253,7 +268,7 @@ def test_the_share_held_out_is_that_of_every_label(tmp_path: Path) -> None:
         f"{label} {i},{label}" for label, n in (("x", 80), ("y", 20), ("z", 2)) for i in range(n)
     ]
     path = written(tmp_path, "a.csv", "\n".join(["text,label", *lines]))
-    held = Counter(data.read(section(path, held_out=0.25)).rows["validation"].labels)
+    held = Counter(read(section(path, held_out=0.25)).rows["validation"].labels)
     assert held == {"x": 20, "y": 5, "z": 1}  # at least one of each
 
 
@@ -264,15 +279,15 @@ def test_a_label_with_a_single_row_cannot_be_split(tmp_path: Path) -> None:
 
 def test_the_split_follows_its_own_seed_alone(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", many())
-    first = data.read(section(path)).rows["validation"].texts
+    first = list(read(section(path)).rows["validation"].texts)
     torch.manual_seed(5)
     torch.rand(3)
-    assert data.read(section(path)).rows["validation"].texts == first
-    assert data.read(section(path, split_seed=1)).rows["validation"].texts != first
+    assert list(read(section(path)).rows["validation"].texts) == first
+    assert list(read(section(path, split_seed=1)).rows["validation"].texts) != first
 
 
 def test_bbc_news_has_2125_texts_behind_2225_documents() -> None:
-    splits = data.read(section(BBC))
+    splits = read(section(BBC))
     assert splits.notes == (
         "1 file is not UTF-8, read as Windows-1252: sports/199.txt",
         "100 of 2,225 rows repeat an earlier text and were left out: 2,125 remain",
@@ -361,7 +376,9 @@ class Spaces:
 
     pad_token_id = 0
 
-    def __call__(self, *texts: list[str], truncation: str, max_length: int) -> dict[str, Any]:
+    def __call__(
+        self, *texts: list[str], truncation: str = "", max_length: int = 0
+    ) -> dict[str, Any]:
         rows = []
         for parts in zip(*texts, strict=True):
             ids = [101, *(len(word) for part in parts for word in part.split())]
@@ -370,8 +387,8 @@ class Spaces:
 
 
 def encoded() -> Encoded:
-    rows = data.Rows([("a bb ccc",), ("a",), ("a b c d e f g h",)], ["x", "y", "x"], [], "here")
-    return encode(rows, [0, 1, 0], Spaces(), max_length=6)
+    rows = Rows([("a bb ccc",), ("a",), ("a b c d e f g h",)], ["x", "y", "x"], [], "here")
+    return encode(rows, torch.tensor([0, 1, 0]), Spaces(), max_length=6)
 
 
 def test_a_batch_is_padded_to_its_longest_row_and_masked() -> None:
@@ -387,7 +404,7 @@ def test_a_batch_is_padded_to_its_longest_row_and_masked() -> None:
 
 
 def test_a_text_is_cut_to_the_longest_length_allowed() -> None:
-    assert encoded().lengths == [5, 3, 6]
+    assert encoded().lengths.tolist() == [5, 3, 6]
 
 
 # pairs
@@ -403,9 +420,10 @@ def test_of_a_pair_the_longer_text_is_cut_first(tiny: Path) -> None:
     long, short = "one two three four five six seven eight", "red blue"
     tokenizer = tokenizer_of(tiny)
     for texts in ((long, short), (short, long)):
-        rows = encode(data.Rows([texts], ["x"], [], "here"), [0], tokenizer, max_length=9)
+        given = Rows([texts], ["x"], [], "here")
+        rows = encode(given, torch.tensor([0]), tokenizer, max_length=9)
         kept = tokenizer.decode(rows.columns["input_ids"][0]).split("[SEP]")
-        assert rows.lengths == [9]
+        assert rows.lengths.tolist() == [9]
         assert {part.replace("[CLS]", "").strip() for part in kept[:2]} == {
             "one two three four",
             "red blue",
@@ -413,8 +431,8 @@ def test_of_a_pair_the_longer_text_is_cut_first(tiny: Path) -> None:
 
 
 def test_tokens_say_which_text_of_a_pair_they_are_of(tiny: Path) -> None:
-    rows = data.Rows([("one two", "red blue green")], ["x"], [], "here")
-    batch = encode(rows, [0], tokenizer_of(tiny), max_length=16).batch([0])
+    rows = Rows([("one two", "red blue green")], ["x"], [], "here")
+    batch = encode(rows, torch.tensor([0]), tokenizer_of(tiny), max_length=16).batch([0])
     assert batch.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
 
 
@@ -429,14 +447,14 @@ class Typed(Spaces):
 
 
 def test_padding_is_of_the_tokenizers_own_type() -> None:
-    rows = data.Rows([("a b c",), ("a",)], ["x", "y"], [], "here")
-    batch = encode(rows, [0, 1], Typed(), max_length=6).batch([0, 1])
+    rows = Rows([("a b c",), ("a",)], ["x", "y"], [], "here")
+    batch = encode(rows, torch.tensor([0, 1]), Typed(), max_length=6).batch([0, 1])
     assert batch.inputs["token_type_ids"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 3, 3]]
 
 
 def test_scores_stay_numbers_with_a_point() -> None:
-    rows = data.Rows([("a",), ("b",)], ["2.5", "4"], [], "here")
-    labels = encode(rows, [2.5, 4.0], Spaces(), max_length=6).batch([0, 1]).labels
+    rows = Rows([("a",), ("b",)], ["2.5", "4"], [], "here")
+    labels = encode(rows, torch.tensor([2.5, 4.0]), Spaces(), max_length=6).batch([0, 1]).labels
     assert labels.tolist() == [2.5, 4.0]
     assert labels.dtype == torch.float32
 

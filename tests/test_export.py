@@ -26,6 +26,7 @@ FAMILIES = {
         {"dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2},
     ),
 }
+SPARSITY = {"xi": 0.1, "gate_init": "normal"}
 AUTO = peft.AutoPeftModelForSequenceClassification
 
 
@@ -33,13 +34,8 @@ def trained(recipe: Path, lorakit: Callable[..., Any], model: Path, **adapter: A
     """A run of a few lively steps on `model`."""
     given = yaml.safe_load(recipe.read_text())
     given["model"]["name"] = str(model)
-    given["adapter"] = {
-        "variant": "sora",
-        "rank": 4,
-        "alpha": 32,
-        "sparsity": {"xi": 0.1, "gate_init": "normal"},
-        **adapter,
-    }
+    method = {} if "variant" in adapter else {"variant": "sora", "sparsity": SPARSITY}
+    given["adapter"] = {"rank": 4, "alpha": 32, **method, **adapter}
     given["train"] |= {"lr": 0.05, "save_every": None}
     recipe.write_text(yaml.safe_dump(given))
     answer = lorakit("train", recipe)

@@ -103,6 +103,25 @@ def laid_out(folder: Path, task: str) -> Path:
     return folder
 
 
+TEXT_COLUMNS = {"sentence", "question", "#1 String", "#2 String"} | {
+    f"{name}{i}" for name in ("sentence", "question") for i in (1, 2)
+}
+
+
+def unlabelled_of(task: str) -> dict[str, int]:
+    return {"test_matched": 4, "test_mismatched": 2} if task == "mnli" else {"test": 4}
+
+
+def add_tests(folder: Path, task: str) -> None:
+    """Files without labels, as GLUE gives them: an index, then columns of texts."""
+    name, header, *_ = LAYOUTS[task]
+    texts = [c for c in header.split("\t") if c in TEXT_COLUMNS]
+    for file, count in unlabelled_of(task).items():
+        lines = ["\t".join(["index", *(texts or ["sentence"])])]
+        lines += ["\t".join([str(i), *row(task, file, i)[0]]) for i in range(count)]
+        (folder / name / f"{file}.tsv").write_text("\n".join(lines) + "\n")
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Small files of all nine tasks."""
@@ -129,8 +148,9 @@ def read(folder: Path, task: str) -> Any:
 # files
 
 
-def test_all_nine_tasks_are_there() -> None:
+def test_all_nine_tasks_are_there_and_the_diagnostics() -> None:
     assert set(glue.NAMES) == {f"glue/{task}" for task in LAYOUTS}
+    assert {*glue.TASKS} - {*glue.NAMES} == {"glue/ax"}
 
 
 @pytest.mark.parametrize("task", LAYOUTS)
@@ -141,8 +161,8 @@ def test_each_task_is_read_from_its_own_layout(folder: Path, task: str) -> None:
             file, "validation"
         )
         given = [row(task, file, i) for i in range(count)]
-        assert splits.rows[split].texts == [texts for texts, _ in given]
-        assert splits.rows[split].labels == [names[written] for _, written in given]
+        assert list(splits.rows[split].texts) == [texts for texts, _ in given]
+        assert list(splits.rows[split].labels) == [names[written] for _, written in given]
 
 
 @pytest.mark.parametrize("task", LAYOUTS)
@@ -163,7 +183,7 @@ def test_a_lone_quote_is_a_letter_and_swallows_no_rows(folder: Path) -> None:
     text = 'sentence\tlabel\n"dull\t0\na 6" screen\t1\n"quoted" whole\t0\nlast "\t1\n'
     rewrite(folder, "sst2", text)
     rows = read(folder, "sst2").rows["train"]
-    assert rows.texts == [('"dull',), ('a 6" screen',), ('"quoted" whole',), ('last "',)]
+    assert list(rows.texts) == [('"dull',), ('a 6" screen',), ('"quoted" whole',), ('last "',)]
 
 
 @pytest.mark.parametrize("task", LAYOUTS)
@@ -174,7 +194,7 @@ def test_line_ends_of_windows_a_byte_order_mark_and_empty_lines_change_nothing(
     text = (folder / LAYOUTS[task][0] / "train.tsv").read_text()
     rewrite(folder, task, "\ufeff" + text.replace("\n", "\r\n") + "\r\n\n")
     after = read(folder, task).rows["train"]
-    assert (after.texts, after.labels) == (before.texts, before.labels)
+    assert [*after.texts, *after.labels] == [*before.texts, *before.labels]
 
 
 def test_a_repeated_text_is_kept_as_everyone_scores_it(folder: Path) -> None:
@@ -239,11 +259,103 @@ def test_lines_of_qqp_that_are_parts_of_a_row_are_left_out_and_counted(folder: P
     torn = '3\t1\t2\tWhat is "this\n"\tand what is that?\t0\n'
     rewrite(folder, "qqp", f"{header}\n1\t1\t2\ta\tb\t0\n{torn}2\t3\t4\tc\td\t1\n")
     splits = read(folder, "qqp")
-    assert splits.rows["train"].texts == [("a", "b"), ("c", "d")]
-    assert splits.rows["train"].places == ["train.tsv line 2", "train.tsv line 5"]
+    assert list(splits.rows["train"].texts) == [("a", "b"), ("c", "d")]
+    assert list(splits.rows["train"].places) == ["train.tsv line 2", "train.tsv line 5"]
     assert splits.notes[0] == (
         "train.tsv: lines left out that are parts of a torn row: 2, the first of them line 3"
     )
+
+
+# without labels
+
+
+@pytest.mark.parametrize("task", LAYOUTS)
+def test_test_rows_are_read_where_they_are_and_have_no_labels(folder: Path, task: str) -> None:
+    assert not any(split.startswith("test") for split in read(folder, task).rows)
+    add_tests(folder, task)
+    splits = read(folder, task)
+    for file, count in unlabelled_of(task).items():
+        rows = splits.rows[file]
+        assert list(rows.texts) == [row(task, file, i)[0] for i in range(count)]
+        assert not rows.labelled
+        assert f"{file.removesuffix('_matched')} has {count} rows, GLUE's has" in str(splits.notes)
+    first = next(iter(unlabelled_of(task)))
+    assert splits.rows["test"] is splits.rows[first]
+
+
+def test_rows_without_labels_are_predicted_and_not_scored(folder: Path, tiny: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    add_tests(folder, "rte")
+    task = tasks.build(TaskSection(name="glue/rte", data_dir=str(folder)), None)
+    task = task.ready(AutoTokenizer.from_pretrained(tiny))
+    model, cpu = AutoModelForSequenceClassification.from_pretrained(tiny), torch.device("cpu")
+    assert tasks.outputs(model, task, "test", 3, cpu).shape == (4, 2)
+    with pytest.raises(DataError, match=r"no labels to be scored by; .* --predictions\."):
+        tasks.evaluate(model, task, "test", 3, cpu)
+
+
+# the diagnostics
+
+PREMISES = [("The cat sat.", "A cat sat.", "entailment"), ("It rained.", "It snowed.", "neutral")]
+
+
+def diagnostics(folder: Path, name: str, labelled: bool) -> None:
+    (folder / name).mkdir(exist_ok=True)
+    if labelled:
+        header = "Lexical Semantics\tPredicate-Argument Structure\tLogic\tKnowledge\tDomain"
+        lines = [f"{header}\tPremise\tHypothesis\tLabel"]
+        lines += [f"\tLogic;Core\t\t\tNews\t{a}\t{b}\t{y}" for a, b, y in PREMISES]
+    else:
+        lines = ["index\tsentence1\tsentence2", *(f"0\t{a}\t{b}" for a, b, _ in PREMISES)]
+    file = "diagnostic-full.tsv" if labelled else "diagnostic.tsv"
+    (folder / name / file).write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("name", ["diagnostic", "AX", "MNLI"])
+def test_the_full_file_of_the_diagnostics_has_labels_of_mnli(folder: Path, name: str) -> None:
+    diagnostics(folder, name, labelled=True)
+    diagnostics(folder, name, labelled=False)
+    splits = read(folder, "ax")
+    assert splits.labels == read(folder, "mnli").labels
+    assert splits.rows["test"] is splits.rows["validation"]
+    assert list(splits.rows["test"].texts) == [(a, b) for a, b, _ in PREMISES]
+    assert list(splits.rows["test"].labels) == [y for *_, y in PREMISES]
+    assert splits.notes[0] == "test has 2 rows, GLUE's has 1,104"
+
+
+def test_the_short_file_of_the_diagnostics_has_none(folder: Path) -> None:
+    said = refused(folder, "ax")
+    assert "there is no" in said
+    assert "DIR/diagnostic/ with diagnostic-full.tsv; columns Premise, Hypothesis, Label." in said
+    diagnostics(folder, "diagnostic", labelled=False)
+    splits = read(folder, "ax")
+    assert list(splits.rows) == ["test"]
+    assert not splits.rows["test"].labelled
+
+
+def test_the_diagnostics_on_the_hub_have_no_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, config: str, split: str) -> datasets.Dataset:
+        assert (path, config, split) == ("nyu-mll/glue", "ax", "test")
+        given = {"premise": ["a"], "hypothesis": ["b"], "label": [-1], "idx": [0]}
+        return datasets.Dataset.from_dict(given)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (rows,) = glue.read("glue/ax", None).rows.values()
+    assert (list(rows.texts), rows.labelled) == ([("a", "b")], False)
+
+
+def test_the_diagnostics_are_scored_by_matthews_correlation_and_not_trained_on(
+    lorakit: Lorakit, written: Callable[[str], None], folder: Path
+) -> None:
+    diagnostics(folder, "MNLI", labelled=True)
+    written("mnli")
+    answer = lorakit("train", "recipe.yaml", "task.name=glue/ax")
+    assert answer.code == 2
+    assert "glue/ax is only for scoring; train glue/mnli, then eval --task glue/ax" in answer.err
+    assert lorakit("train", "recipe.yaml", "train.steps=1").code == 0
+    found = json.loads(lorakit("eval", "--task", "glue/ax", "--data-dir", folder, "--json").out)
+    assert (found["rows"], list(found["scores"])) == (2, ["matthews", "accuracy", "loss"])
 
 
 # MRPC as Microsoft gives it
@@ -268,8 +380,8 @@ def test_mrpc_in_one_file_is_divided_by_the_listed_ids(folder: Path) -> None:
     whole(folder)
     after = read(folder, "mrpc").rows
     for split in ("train", "validation"):
-        assert after[split].texts == before[split].texts
-        assert after[split].labels == before[split].labels
+        assert list(after[split].texts) == list(before[split].texts)
+        assert list(after[split].labels) == list(before[split].labels)
     assert after["validation"].places[0] == "msr_paraphrase_train.txt line 7"
 
 
@@ -294,22 +406,28 @@ HUB_SPLITS = {
     "dev": "validation",
     "dev_matched": "validation_matched",
     "dev_mismatched": "validation_mismatched",
+    "test": "test",
+    "test_matched": "test_matched",
+    "test_mismatched": "test_mismatched",
 }
 
 
 def on_the_hub(task: str) -> dict[str, datasets.Dataset]:
     """The rows of `laid_out` as the hub has them: numbered labels, names of columns of its own."""
     names = list(LAYOUTS[task][3])
+    files = {**files_of(task), **unlabelled_of(task)}
     feature: Any = datasets.Value("float32") if task == "stsb" else datasets.ClassLabel(names=names)
     columns = HUB_COLUMNS.get(task, ("sentence1", "sentence2"))
     features = {**dict.fromkeys(columns, datasets.Value("string")), "label": feature}
     found = {}
-    for file, count in files_of(task).items():
+    for file, count in files.items():
         rows = [row(task, file, i) for i in range(count)]
         table: dict[str, list[Any]] = {
             column: [texts[at] for texts, _ in rows] for at, column in enumerate(columns)
         }
         table["label"] = [float(y) if task == "stsb" else names.index(y) for _, y in rows]
+        if file in unlabelled_of(task):
+            table["label"] = [-1] * count
         found[HUB_SPLITS[file]] = datasets.Dataset.from_dict(table, datasets.Features(features))
     return found
 
@@ -323,14 +441,15 @@ def test_the_hub_and_the_folder_hold_the_same_rows(
         return on_the_hub(task)[split]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    add_tests(folder, task)
     theirs, ours = glue.read(f"glue/{task}", None), read(folder, task)
     assert (theirs.labels, theirs.notes) == (ours.labels, ours.notes)
     for split, rows in ours.rows.items():
-        assert theirs.rows[split].texts == rows.texts
+        assert list(theirs.rows[split].texts) == list(rows.texts)
         if task == "stsb":
             assert list(map(float, theirs.rows[split].labels)) == list(map(float, rows.labels))
         else:
-            assert theirs.rows[split].labels == rows.labels
+            assert list(theirs.rows[split].labels) == list(rows.labels)
 
 
 @pytest.mark.parametrize("task", LAYOUTS)
@@ -557,10 +676,15 @@ def test_mnli_is_scored_on_matched_and_on_mismatched_rows(
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the real GLUE files, which are not shipped")
-@pytest.mark.parametrize(("task", "sizes"), [("sst2", (67_349, 872)), ("mrpc", (3_668, 408))])
-def test_the_real_files_have_the_official_number_of_rows(task: str, sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("task", "sizes"), [("sst2", (67_349, 872, 1_821)), ("mrpc", (3_668, 408, 1_725))]
+)
+def test_the_real_files_have_the_official_number_of_rows(
+    task: str, sizes: tuple[int, int, int]
+) -> None:
     splits = read(REAL, task)
-    assert tuple(len(splits.rows[name].texts) for name in ("train", "validation")) == sizes
+    assert tuple(len(rows.texts) for rows in splits.rows.values()) == sizes
+    assert not splits.rows["test"].labelled
     assert splits.notes == ()
     assert set(splits.rows["validation"].labels) == set(splits.labels)
 

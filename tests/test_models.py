@@ -11,6 +11,7 @@ from torch import nn
 from lorakit import models
 from lorakit.errors import ModelError
 from lorakit.inject import inject, plan, sites, trained_whole
+from lorakit.memory import estimate
 from lorakit.models import Head, ModelSection
 from lorakit.variants.lora import LoRAConfig, LoRALinear
 
@@ -160,3 +161,184 @@ def test_probing_twice_asks_the_same_question_and_draws_nothing(tiny: Path) -> N
     one, other = models.probe(model), models.probe(model)
     assert torch.equal(one["input_ids"], other["input_ids"])
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_language_model_has_no_head_and_its_output_layer_is_left_alone(
+    tmp_path: Path, tiny: Path
+) -> None:
+    """Tied or not; and its attention has no maps of tokens by tokens."""
+    for tied in (False, True):
+        sizes = {"num_key_value_heads": 1, "tie_word_embeddings": tied}
+        folder = saved(tmp_path / str(tied), tiny, "LlamaConfig", "LlamaForCausalLM", **sizes)
+        section = ModelSection(name=str(folder), precision="fp32", quantize="nf4")
+        base = models.load(section, Head((), "CAUSAL_LM"), seed=0)
+        assert base.head == ()
+        adapted = sites(base.model, LoRAConfig(variant="lora"), base.head)
+        assert len(adapted) == 14
+        assert not any("lm_head" in name for name in adapted)
+        assert type(base.model.lm_head) is nn.Linear
+        assert base.model.config._attn_implementation == "sdpa"
+
+
+def test_positions_behind_the_padding_tokens_are_not_counted(tmp_path: Path, tiny: Path) -> None:
+    """RoBERTa's first token has position 2: a table of 40 is for 38 tokens."""
+    sizes = {"max_position_embeddings": 40, "pad_token_id": 1}
+    base = load(saved(tmp_path, tiny, "RobertaConfig", "RobertaModel", **sizes))
+    assert base.max_tokens == 38
+    base.model.config.pad_token_id = 1
+    base.model(**models.probe(base.model, tokens=38))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        base.model(**models.probe(base.model, tokens=39))
+
+
+def test_a_tokenizer_that_can_pad_by_nothing_is_refused(tmp_path: Path, tiny: Path) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = saved(tmp_path, tiny, "BertConfig", "BertModel")
+    backend = AutoTokenizer.from_pretrained(tiny).backend_tokenizer
+    backend.no_padding()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"neither a padding token nor one for the end"):
+        load(folder)
+
+
+def hub_error(kind: str) -> Exception:
+    """What huggingface_hub raises, as transformers wraps it."""
+    from types import SimpleNamespace
+
+    from huggingface_hub import errors
+
+    response = SimpleNamespace(headers={}, request=None)
+    cause = getattr(errors, kind)("the hub's long story", response=response)
+    wrapped = OSError("some\nlines of advice")
+    wrapped.__cause__ = cause
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("GatedRepoError", r"accept its licence at https://huggingface.co/o/m; .*`hf auth login`"),
+        ("RepositoryNotFoundError", r"no such model, or a private one; .*`hf auth login`"),
+        ("RevisionNotFoundError", r"model.revision: 'v9': it has no such branch, tag or commit"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, kind: str, says: str
+) -> None:
+    import huggingface_hub
+    import transformers
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise hub_error(kind)
+
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(ModelError, match=f"(?s)'o/m' cannot be loaded: some\n  .*{says}"):
+        load("o/m", revision="v9")
+
+
+def gguf_file(path: Path) -> Path:
+    """A Llama of one block and a vocabulary of bytes, as llama.cpp stores it, in 8-bit blocks."""
+    import gguf
+    import numpy
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = [*sorted(ByteLevel.alphabet()), "ab", "<end>"]
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, number in {
+        "context_length": 64,
+        "embedding_length": 32,
+        "block_count": 1,
+        "feed_forward_length": 64,
+        "head_count": 2,
+        "head_count_kv": 1,
+        "rope_dimension_count": 16,
+        "vocab_size": len(tokens),
+        "eos_token_id": len(tokens) - 1,
+    }.items():
+        getattr(writer, f"add_{name}")(number)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    attention = {
+        "attn_q": (32, 32),
+        "attn_k": (16, 32),
+        "attn_v": (16, 32),
+        "attn_output": (32, 32),
+    }
+    gated = {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    norms = {"attn_norm": (32,), "ffn_norm": (32,)}
+    shapes = {f"blk.0.{name}": s for name, s in (attention | gated | norms).items()}
+    draw, blocks = numpy.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
+    for name, shape in {**shapes, "token_embd": (len(tokens), 32), "output_norm": (32,)}.items():
+        values = draw.standard_normal(shape).astype(numpy.float32)
+        if len(shape) == 2 and name != "token_embd":
+            writer.add_tensor(f"{name}.weight", gguf.quantize(values, blocks), raw_dtype=blocks)
+        else:
+            writer.add_tensor(f"{name}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_unpacked_once_to_the_very_numbers_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    file = gguf_file(tmp_path / "tiny.gguf")
+    base = load(file)
+    assert base.head == ("score",)
+    assert base.max_tokens == 64
+    assert base.notes == ("the tokenizer has no padding token; '<end>' pads",)
+    assert base.tokenizer("abab")["input_ids"] == [256, 256]
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    up = stored["blk.0.ffn_up.weight"]
+    expected = torch.from_numpy(gguf.quants.dequantize(up.data, up.tensor_type))
+    assert torch.equal(base.model.model.layers[0].mlp.up_proj.weight, expected)
+    assert not hasattr(base.model.config, "quantization_config")
+
+    monkeypatch.setattr(models.gguf, "find_spec", lambda _: None)  # it is not read again
+    coded = load(file, quantize="nf4")
+    assert type(coded.model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    file.write_bytes(file.read_bytes())  # another file of that name, for all we know
+    with pytest.raises(ModelError, match=r"pip install 'lorakit\[gguf\]'"):
+        load(file)
+
+
+def test_a_gguf_file_that_is_none_or_not_there_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ModelError, match=r"there is no such file"):
+        load(tmp_path / "none.gguf")
+    (tmp_path / "broken.gguf").write_bytes(b"GGML and so on")
+    with pytest.raises(ModelError, match=r"cannot be read: "):
+        load(tmp_path / "broken.gguf")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_the_memory_of_the_base_is_counted_in_what_it_is_stored_in(tiny: Path) -> None:
+    linears = 2 * (4 * 16 * 16 + 2 * 16 * 32)  # weights, two blocks
+    whole, coded = (
+        estimate(base.model.requires_grad_(False), 2, 8).base
+        for base in (load(tiny), load(tiny, quantize="nf4"))
+    )
+    scales = 4 * linears // 64
+    assert 4 * linears - linears // 2 - scales - (whole - coded) == pytest.approx(0, abs=12 * 512)
+
+
+def test_activations_computed_again_are_those_of_one_block_and_what_enters_each(
+    tiny: Path,
+) -> None:
+    model = load(tiny).model.requires_grad_(False)
+    model.classifier = nn.Identity()  # which is outside of the blocks, as the pooler is
+    kept, again = (estimate(model, 2, 8, checkpointing=c).activations for c in (False, True))
+    outside = 4 * 2 * 8 * (16 + 16)
+    assert again - outside == (kept - outside) // 2 + 4 * 2 * (2 * 8 * 16)

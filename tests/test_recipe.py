@@ -226,7 +226,8 @@ def test_the_columns_of_the_text_are_one_or_two_names(
     fault = one(faults(OWN + f"data: {{train: x.csv, text: {text}}}"))
     assert fault == (
         f"line 5: data.text: {yaml.safe_load(text)}: ".replace("'", "")
-        + "expected column of the text, or columns of a pair of texts."
+        + "expected column of the text, or columns of a pair of texts; null: found by their names, "
+        "like `text`, `sentence1` and `sentence2`, or `tokens`, and said."
     )
 
 
@@ -341,7 +342,7 @@ def test_steps_alone_replace_epochs_and_xi_alone_replaces_lambda(
         (with_adapter("lora"), "line 3: adapter: 'lora': expected a mapping of keys to values."),
         (
             PLAIN.replace("glue/sst2", "glue/sst"),
-            "line 2: task.name: no task 'glue/sst'. Nearest: 'glue/sst2'. Known: classification,",
+            "line 2: task.name: no task 'glue/sst'. Nearest: 'glue/sst2'. Known: causal-lm,",
         ),
     ],
 )
@@ -406,7 +407,8 @@ LAUGHS = b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + b"".join(
         (b"a: " + b"[" * 60 + b"]" * 60, ": nested deeper than 50 levels."),
         (b"a: " + b"[" * 9000 + b"]" * 9000, ": nested deeper than 50 levels."),
         (LAUGHS, ": 1,234,567,909 values, aliases written out; a recipe has at most 10,000."),
-        (b"a: b\n" * 220_000, ": longer than 1,048,576 characters; that is no recipe."),
+        (b"a: b\n" * 60_000, ": longer than 262,144 characters; that is no recipe."),
+        (b"a: [" + b"1," * 30_000 + b"]", ", line 1: not YAML: more than 10,000 values."),
         (b"a: *b\n", ", line 1: not YAML: found undefined alias 'b'."),
         (b"a: \xff\n", ": cannot be read: not UTF-8 text."),
     ],

@@ -1,40 +1,57 @@
 """Rows of text with labels, from users' own files."""
 
-from collections import Counter
-from collections.abc import Sequence, Set
-from math import isfinite
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Generic, NamedTuple, TypeVar
 
 from pydantic import Field, NonNegativeInt, field_validator
 
-from lorakit.data.sources import Rows, read_file, read_folder
+from lorakit.data import tables
+from lorakit.data.columns import Asked, Columns, labelled_folder, read_rows
+from lorakit.data.labels import Kind, in_order
+from lorakit.data.rows import Rows
+from lorakit.data.sources import Record, records, splits_of
+from lorakit.data.splitting import split, without_duplicates
 from lorakit.errors import DataError
 from lorakit.places import locate
 from lorakit.schema import Section
 
+VALIDATION = "validation"
+"""The split that is scored, where a data set has several."""
+
 
 class DataSection(Section):
-    """The rows of a classification task: a .csv, .tsv or .jsonl file, or a folder of folders.
-
-    In the latter each label has its own folder of .txt files.
-    """
+    """The rows of every task but GLUE's, from files of your own or a data set of the hub."""
 
     train: str
-    """A path, or `package:DISTRIBUTION/PATH`."""
+    """A .csv, .tsv, .json, .jsonl, .parquet or .txt file; a folder that `datasets` has saved; a
+    folder that holds a folder of .txt files for each label; `hub:OWNER/NAME` or
+    `hub:OWNER/NAME/CONFIG`. A path may be inside a package: `package:DISTRIBUTION/PATH`."""
+    train_split: str | None = None
+    """Of a data set that has several; null: `train`."""
     validation: str | None = None
-    """As `train`; null: split off from `train`."""
+    """As `train`; null: the split `validation` of `train`, if it has one, else `held_out` of its
+    rows."""
+    validation_split: str | None = None
+    """Of `validation`, or of `train` where that is null; null: `validation`."""
+    revision: str | None = None
+    """A branch, tag or commit of the hub's data set."""
     held_out: float = Field(0.2, gt=0.0, lt=1.0)
-    """Share of `train` to split off where `validation` is null, label by label."""
+    """Share of `train` to split off where nothing else is scored; of single labels, label by
+    label."""
     split_seed: NonNegativeInt = 0
     """Of the split; not the run's seed: runs of several seeds are scored on the same rows."""
-    text: str | tuple[str, str] = "text"
-    """Column of the text, or columns of a pair of texts."""
-    label: str = "label"
-    """Column of the label."""
+    text: str | tuple[str, str] | None = None
+    """Column of the text, or columns of a pair of texts; of the prompt or the chat, where the answer
+    is words; null: found by their names, like `text`, `sentence1` and `sentence2`, or `tokens`, and
+    said."""
+    label: str | None = None
+    """Column of the label, of the labels, or of the completion; null: found by its name, like
+    `label`, `score` or `completion`, and said."""
     labels: tuple[str, ...] | None = None
-    """All labels, in the order of the head's outputs; null: those of the rows, in alphabetical
-    order."""
+    """All labels, in the order of the head's outputs and of the numbers that stand for them in the
+    rows; null: those of the training rows, in alphabetical order, numbers by their size."""
+    separator: str = Field(",", min_length=1)
+    """Stands between the labels of a text where they are written in one cell."""
     deduplicate: bool = True
     """Drop training rows whose text was seen before, or is scored: no text is trained on and
     scored."""
@@ -47,129 +64,90 @@ class DataSection(Section):
         return labels
 
 
-class Splits(NamedTuple):
+R = TypeVar("R")
+
+
+class Splits(NamedTuple, Generic[R]):
     """What a task gets: rows by split, the labels, and what was done to the rows, to be said."""
 
-    rows: dict[str, Rows]
+    rows: dict[str, R]
     labels: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def read(section: DataSection) -> Splits:
+class Source(NamedTuple):
+    """Where the rows of a split are."""
+
+    name: str
+    split: str | None
+    revision: str | None
+    where: str
+    """The setting to blame."""
+
+    def records(self) -> Iterator[Record]:
+        """They, one at a time; raises DataError as `sources.records`."""
+        return records(self.name, self.where, self.split, self.revision)
+
+
+def sources(section: DataSection) -> tuple[Source, Source | None]:
+    """Where the training and the validation rows are; None for the latter: a share of the former.
+
+    Raises:
+        DataError: they are not there, or the same.
+
+    """
+    train = Source(section.train, section.train_split, section.revision, "data.train")
+    name, where = section.validation or section.train, f"data.{VALIDATION}"
+    known = splits_of(name, where if section.validation else "data.train", section.revision)
+    wanted = section.validation_split or (VALIDATION if known else None)
+    unnamed = section.validation is None and section.validation_split is None
+    if unnamed and (VALIDATION not in known or train.split == VALIDATION):
+        return train, None
+    if (name, wanted) == (train.name, train.split or (tables.TRAIN if known else None)):
+        raise DataError(f"{where}: {name!r}: these are the training rows; null holds some out.")
+    return train, Source(name, wanted, section.revision, where)
+
+
+def read(section: DataSection, kind: Kind) -> Splits[Rows]:
     """Reads, removes duplicates, splits.
 
     Raises:
-        DataError: files or columns are missing, there are no rows, a label is outside the set, or
-            all rows have the same one.
+        DataError: files or columns are missing, there are no rows, or a row is not what the task
+            needs, for example of a label outside the set.
 
     """
-    train, valid = _read(section.train, section, "data.train"), None
-    notes = list(train.notes)
-    if section.validation is not None:
-        valid = _read(section.validation, section, "data.validation")
+    texts = (section.text,) if isinstance(section.text, str) else section.text
+    asked = Asked(texts, section.label, kind, section.separator, section.labels or ())
+    source, other = sources(section)
+    train, columns = _read(source, asked)
+    notes, valid = list(train.notes), None
+    if columns is not None:
+        notes += columns.told(asked)
+        asked = asked._replace(texts=columns.texts, label=columns.label)
+    if other is not None:
+        valid, _ = _read(other, asked)
         notes += valid.notes
+        if section.validation is None:
+            notes.append(f"validation rows are the split {other.split!r} of {other.name}")
     if section.deduplicate:
-        train, said = without_duplicates(train, set(_bare(valid)) if valid else set())
+        train, said = without_duplicates(train, valid)
         notes += said
-    labels = section.labels or tuple(sorted(set(train.labels)))
-    check_labels(train, labels, "data.train")
+    found = (name for label in train.labels for name in kind.names(label))
+    labels = section.labels or in_order(found)
+    kind.check(train, labels, source.where, True)
     if valid is None:
-        train, valid = split(train, section.held_out, section.split_seed)
+        train, valid = split(train, section.held_out, section.split_seed, kind.by_label)
     else:
-        check_labels(valid, labels, "data.validation", several=False)
-    return Splits({"train": train, "validation": valid}, labels, tuple(notes))
+        kind.check(valid, labels, f"data.{VALIDATION}", False)
+    return Splits({"train": train, VALIDATION: valid}, labels, tuple(notes))
 
 
-def check_labels(rows: Rows, labels: Sequence[str], where: str, several: bool = True) -> None:
-    """Raises DataError for no rows, labels outside `labels`, or (with `several`) only one label."""
-    if not rows.texts:
-        raise DataError(f"{where}: {rows.origin} holds no rows.")
-    counts = Counter(rows.labels)
-    if unknown := sorted(set(counts) - set(labels)):
-        first = rows.labels.index(unknown[0])
-        raise DataError(
-            f"{where}: {rows.places[first]}: label {unknown[0]!r} is not one of "
-            f"{', '.join(labels)}; {sum(counts[u] for u in unknown):,} rows have such a label."
-        )
-    if several and len(counts) == 1:
-        raise DataError(
-            f"{where}: all {len(rows.texts):,} rows of {rows.origin} have the label "
-            f"{rows.labels[0]!r}; a classifier needs at least two."
-        )
-
-
-def check_numbers(rows: Rows, where: str, several: bool = True) -> None:
-    """Raises DataError for no rows, labels that are no numbers, or (with `several`) only one."""
-    if not rows.texts:
-        raise DataError(f"{where}: {rows.origin} holds no rows.")
-    for place, label in zip(rows.places, rows.labels, strict=True):
-        if not _is_finite(label):
-            raise DataError(f"{where}: {place}: label {label!r}: expected a finite number.")
-    if several and len(set(map(float, rows.labels))) == 1:
-        raise DataError(
-            f"{where}: all {len(rows.texts):,} rows of {rows.origin} have the label "
-            f"{rows.labels[0]}; there is nothing to learn."
-        )
-
-
-def _is_finite(text: str) -> bool:
-    try:
-        return isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def without_duplicates(
-    rows: Rows, scored: Set[tuple[str, ...]] = frozenset()
-) -> tuple[Rows, list[str]]:
-    """The first row of every text that is not among the `scored`, and lines that count the others.
-
-    Texts that differ in white space alone are the same: most tokenizers give them the same ids.
-    """
-    first: dict[tuple[str, ...], int] = {}
-    bare, notes = _bare(rows), []
-    for i, text in enumerate(bare):
-        first.setdefault(text, i)
-    if repeated := len(bare) - len(first):
-        other = sum(rows.labels[i] != rows.labels[first[text]] for i, text in enumerate(bare))
-        note = f"{repeated:,} of {len(bare):,} rows repeat an earlier text and were left out"
-        note += f", {other:,} of them with another label" if other else ""
-        notes.append(f"{note}: {len(first):,} remain")
-    kept = [i for text, i in first.items() if text not in scored]
-    if leaked := len(first) - len(kept):
-        notes.append(f"{leaked:,} training texts are validation texts too and were left out")
-    return rows.take(kept), notes
-
-
-def _bare(rows: Rows) -> list[tuple[str, ...]]:
-    """The texts with all white space as single blanks."""
-    return [tuple(" ".join(part.split()) for part in text) for text in rows.texts]
-
-
-def split(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
-    """(train, validation): `share` of the rows of each label, at least one of each, is held out."""
-    import torch
-
-    draw = torch.Generator().manual_seed(seed)
-    held: set[int] = set()
-    for label in sorted(set(rows.labels)):
-        members = [i for i, given in enumerate(rows.labels) if given == label]
-        order = torch.randperm(len(members), generator=draw).tolist()
-        held.update(members[i] for i in order[: max(1, round(share * len(members)))])
-    kept = [i for i in range(len(rows.texts)) if i not in held]
-    train = rows.take(kept)
-    if set(train.labels) != set(rows.labels):
-        rare = sorted(set(rows.labels) - set(train.labels))
-        raise DataError(
-            f"data.train: too few rows to hold some out of each label: {', '.join(rare)} "
-            "would have none left to train on."
-        )
-    return train, rows.take(sorted(held))
-
-
-def _read(name: str, section: DataSection, where: str) -> Rows:
-    path: Path = locate(name, DataError, where)
-    if path.is_dir():
-        return read_folder(path, where)
-    columns = (section.text,) if isinstance(section.text, str) else section.text
-    return read_file(path, columns, section.label, where)
+def _read(source: Source, asked: Asked) -> tuple[Rows, Columns | None]:
+    notes: list[str] = []
+    found = source.records()
+    if not source.name.startswith(tables.HUB):
+        path = locate(source.name, DataError, source.where)
+        if path.is_dir() and not tables.is_saved(path):
+            found = labelled_folder(path, source.where, notes)
+    rows, columns = read_rows(found, asked, source.name, source.where)
+    return rows._replace(notes=tuple(notes)), columns

@@ -3,14 +3,17 @@
 The order is a function of (seed, epoch) alone, so a resumed run finds its place by counting steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lorakit.data.sources import Rows
+from lorakit.data.cache import Ragged
 
+Numbers = Sequence[int] | NDArray[Any]
 WINDOW = 50
 """Steps whose rows are sorted by length together. Sorting all would repeat the same batches every
 epoch; on SST-2 a window of 50 steps leaves about 5 % padding where random batches have half."""
@@ -32,14 +35,16 @@ class Batch(NamedTuple):
 class Encoded(NamedTuple):
     """The token ids of a split's rows, unpadded."""
 
-    columns: dict[str, list[list[int]]]  # what the model's forward takes, by row
-    labels: Sequence[float]  # whole numbers where they number classes
-    padding: dict[str, int]  # what each column is filled up with
+    columns: Mapping[str, Sequence[Numbers]]  # what the model's forward takes, by row
+    labels: Tensor  # (rows, …), whole numbers where they number classes; (0,) where there are none
+    padding: Mapping[str, int]  # what each column is filled up with
+    notes: tuple[str, ...] = ()  # what was done to the rows, to be said
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [len(ids) for ids in self.columns["input_ids"]]
+    def lengths(self) -> Tensor:
+        """Tokens of each row, (rows,)."""
+        ids = self.columns["input_ids"]
+        return torch.as_tensor(ids.lengths if isinstance(ids, Ragged) else [*map(len, ids)])
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """`rows`, padded."""
@@ -47,22 +52,11 @@ class Encoded(NamedTuple):
             key: _padded([column[i] for i in rows], self.padding[key])
             for key, column in self.columns.items()
         }
-        return Batch(inputs, torch.tensor([self.labels[i] for i in rows]), list(rows))
-
-
-def encode(rows: Rows, targets: Sequence[float], tokenizer: Any, max_length: int) -> Encoded:
-    """Tokenizes every row, cut to `max_length` tokens; of a pair, the longer text is cut first."""
-    texts = [list(column) for column in zip(*rows.texts, strict=True)]
-    encoded = tokenizer(*texts, truncation="longest_first", max_length=max_length)
-    padding = {key: 0 for key in encoded}
-    padding["input_ids"] = tokenizer.pad_token_id
-    if "token_type_ids" in encoded:  # which text of a pair a token is of; not all models take it
-        padding["token_type_ids"] = tokenizer.pad_token_type_id
-    return Encoded(dict(encoded), targets, padding)
+        return Batch(inputs, self.labels[rows] if len(self.labels) else self.labels, list(rows))
 
 
 def steps(
-    lengths: Sequence[int], batch_size: int, pieces: int, seed: int, start: int = 0
+    lengths: Sequence[int] | Tensor, batch_size: int, pieces: int, seed: int, start: int = 0
 ) -> Iterator[list[list[int]]]:
     """Without end from step `start`: for each step, row numbers in `pieces` batches.
 
@@ -70,11 +64,11 @@ def steps(
     the same step as a larger batch. The last step of an epoch has what is left, cut evenly, so
     that no process is left without a batch; only of fewer rows than pieces come fewer batches.
     """
-    size = batch_size * pieces
+    size, tokens = batch_size * pieces, torch.as_tensor(lengths)
     an_epoch = steps_in_epoch(len(lengths), size)
     epoch, skip = divmod(start, an_epoch)
     while True:
-        for rows in _epoch(lengths, size, seed, epoch)[skip:]:
+        for rows in _epoch(tokens, size, seed, epoch, skip):
             yield list(_cut(rows, pieces))
         epoch, skip = epoch + 1, 0
 
@@ -84,16 +78,20 @@ def steps_in_epoch(rows: int, size: int) -> int:
     return -(-rows // size)
 
 
-def _epoch(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Every row once: shuffled, sorted by length within windows, cut into steps, steps shuffled."""
+def _epoch(lengths: Tensor, size: int, seed: int, epoch: int, skip: int) -> Iterator[list[int]]:
+    """Every row once: shuffled, sorted by length within windows, cut into steps, steps shuffled.
+
+    The first `skip` steps are left out.
+    """
     draw = torch.Generator().manual_seed((seed << 20) + epoch)
-    order = torch.randperm(len(lengths), generator=draw).tolist()
-    window = WINDOW * size
-    windows = [order[i : i + window] for i in range(0, len(order), window)]
-    ordered = [i for rows in windows for i in sorted(rows, key=lengths.__getitem__)]
-    cut = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    last = [cut.pop()] if len(cut[-1]) < size else []  # a smaller step stands at the end
-    return [cut[i] for i in torch.randperm(len(cut), generator=draw).tolist()] + last
+    order = torch.randperm(len(lengths), generator=draw)
+    for window in order.split(WINDOW * size):
+        window.copy_(window[lengths[window].argsort(stable=True)])
+    whole = len(order) // size  # a smaller step stands at the end
+    steps = torch.randperm(whole, generator=draw).tolist()
+    steps += [whole] if whole * size < len(order) else []
+    for step in steps[skip:]:
+        yield order[step * size : (step + 1) * size].tolist()
 
 
 def _cut(rows: list[int], pieces: int) -> Iterator[list[int]]:
@@ -106,6 +104,8 @@ def _cut(rows: list[int], pieces: int) -> Iterator[list[int]]:
         start = end
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+def _padded(rows: Sequence[Numbers], value: int) -> Tensor:
+    padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return torch.from_numpy(padded)

@@ -1,93 +1,96 @@
-"""Readers of files: each gives rows and where every row stands, for error messages."""
+"""Readers of files: each gives rows as they are, and where every row stands, for messages."""
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
+from lorakit.data import tables
 from lorakit.errors import DataError, nearest
+from lorakit.places import locate
 
-READERS = (".csv", ".tsv", ".jsonl")
 LONGEST = 2**31 - 1
 """Characters in a cell; Python's own limit of 131,072 is less than some documents have."""
 _SIGN = {",": "comma", "\t": "tab"}
 
 
-class Rows(NamedTuple):
-    """Texts with their labels, in the order of the file."""
+class Record(NamedTuple):
+    """One row as a file has it."""
 
-    texts: list[tuple[str, ...]]  # one text a row, or two
-    labels: list[str]
-    places: list[str]  # "reviews.csv line 7"
-    origin: str
-    notes: tuple[str, ...] = ()
-
-    def take(self, indices: Iterable[int]) -> Self:
-        """The rows at `indices`, in that order."""
-        chosen = list(indices)
-        return self._replace(
-            texts=[self.texts[i] for i in chosen],
-            labels=[self.labels[i] for i in chosen],
-            places=[self.places[i] for i in chosen],
-        )
+    place: str
+    """"train.jsonl line 7": where it stands, for messages."""
+    cells: dict[str, Any]
+    """By column; a list in a .json, .jsonl or .parquet file stays one."""
 
 
-def read_file(path: Path, text: Sequence[str], label: str, where: str) -> Rows:
-    """Rows of a .csv, .tsv or .jsonl file with the columns `text` and `label`.
+def records(
+    name: str, where: str, split: str | None = None, revision: str | None = None
+) -> Iterator[Record]:
+    """The rows of `name`, one at a time, whatever it is written in.
+
+    `name` is a .csv, .tsv, .json, .jsonl, .parquet or .txt file; a folder saved by `datasets`; or
+    `hub:OWNER/NAME`, `hub:OWNER/NAME/CONFIG`. `where` is the setting to blame, like `data.train`.
+    Only saved folders and hub sets have a `split` (null: `train`), and only the latter a
+    `revision`. A line of a .txt is one column, `text`.
 
     Raises:
-        DataError: not such a file, not UTF-8, broken, without a column, or with an empty cell.
+        DataError: it is not there, cannot be read, or a row is broken; with file and line.
 
     """
-    readers = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}
-    if path.suffix not in readers:
-        raise DataError(f"{where}: {path} is not one of {', '.join(READERS)}, nor a folder.")
-    rows = Rows([], [], [], str(path))
+    path = None if name.startswith(tables.HUB) else locate(name, DataError, where)
     try:
-        for line, record in readers[path.suffix](path):
-            cells = [_cell(path, line, name, record) for name in (*text, label)]
-            rows.texts.append(tuple(cells[:-1]))
-            rows.labels.append(cells[-1].strip())
-            rows.places.append(f"{path.name} line {line}")
+        if path is None:
+            rows, place = tables.rows(name, tables.hub(name, revision), split), f"{name} row"
+        elif path.is_dir() and tables.is_saved(path):
+            rows, place = tables.rows(path, tables.saved(path), split), f"{path.name} row"
+        else:
+            rows, place = _lines(path, split)
+        for number, cells in rows:
+            yield Record(f"{place} {number}", cells)
     except UnicodeDecodeError:
-        raise DataError(f"{where}: {path} is not UTF-8 text; save it as such.") from None
+        assert path is not None
+        raise DataError(f"{where}: {_undecodable(path)}") from None
     except OSError as error:
         raise DataError(f"{where}: {path} cannot be read: {error.strerror}.") from None
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    return rows
 
 
-def read_folder(path: Path, where: str) -> Rows:
-    """Rows of a folder that holds a folder of .txt files for every label.
+def _lines(path: Path, split: str | None) -> tuple[Iterator[tuple[int, dict[str, Any]]], str]:
+    """A file's reader, and what its numbers count."""
+    readers = {
+        ".csv": (_csv, "line"),
+        ".tsv": (_tsv, "line"),
+        ".json": (_json, "item"),
+        ".jsonl": (_jsonl, "line"),
+        ".parquet": (tables.parquet, "row"),
+        ".txt": (_txt, "line"),
+    }
+    if path.suffix.lower() not in readers:
+        raise DataError(
+            f"{path} is not one of {', '.join(readers)}, nor a folder that `datasets` has saved."
+        )
+    if split is not None:
+        raise DataError(f"{path} is a single file; it has no split {split!r}.")
+    read, noun = readers[path.suffix.lower()]
+    return read(path), f"{path.name} {noun}"
 
-    A file that is not UTF-8 is read as Windows-1252, which old corpora are written in.
+
+def splits_of(name: str, where: str, revision: str | None = None) -> tuple[str, ...]:
+    """The splits of a hub set or a saved folder; none of anything else.
 
     Raises:
-        DataError: there are no such folders, or a file is empty.
+        DataError: it is not there.
 
     """
-    rows, other = Rows([], [], [], str(path)), []
-    for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        for file in sorted(folder.glob("*.txt")):
-            content = file.read_bytes()
-            try:
-                text = content.decode("utf-8")
-            except UnicodeDecodeError:
-                text = content.decode("cp1252", errors="replace")
-                other.append(f"{folder.name}/{file.name}")
-            if not text.strip():
-                raise DataError(f"{where}: {file} is empty.")
-            rows.texts.append((text.strip(),))
-            rows.labels.append(folder.name)
-            rows.places.append(f"{folder.name}/{file.name}")
-    if not rows.texts:
-        raise DataError(f"{where}: {path} holds no folder of .txt files for each label.")
-    if not other:
-        return rows
-    count = "1 file is" if len(other) == 1 else f"{len(other):,} files are"
-    return rows._replace(notes=(f"{count} not UTF-8, read as Windows-1252: {other[0]}",))
+    if not name.startswith(tables.HUB):
+        path = locate(name, DataError, where)
+        return tables.splits_of_saved(path) if path.is_dir() else ()
+    try:
+        return tuple(tables.hub(name, revision))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def read_unquoted_tsv(
@@ -118,21 +121,41 @@ def read_unquoted_tsv(
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
+def _undecodable(path: Path) -> str:
+    """Where a file stops being UTF-8."""
+    offset = 0
+    with path.open("rb") as file:
+        for line, content in enumerate(file, start=1):
+            try:
+                content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return (
+                    f"{path} line {line}: byte {offset + error.start} is not UTF-8 text; save the "
+                    "file as such."
+                )
+            offset += len(content)
+    return f"{path} is not UTF-8 text; save the file as such."
+
+
 def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, dict[Any, Any]]]:
-    """(line, record), the line being the one that a record starts on."""
+    """(line, cells), the line being the one that a row starts on."""
     csv.field_size_limit(LONGEST)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader, line = csv.DictReader(file, delimiter=delimiter, strict=True), 1
         try:
-            columns = len(reader.fieldnames or ())
+            columns = reader.fieldnames or ()
+            tables.refuse_twice(path, columns)
             line = reader.line_num + 1
-            for record in reader:
-                if None in record:
+            for cells in reader:
+                if None in cells:
                     raise DataError(
-                        f"{path} line {line}: {columns + len(record[None])} cells, but {columns} "
-                        f"columns; put a text that holds a {_SIGN[delimiter]} in double quotes."
+                        f"{path} line {line}: {len(columns) + len(cells[None])} cells, but "
+                        f"{len(columns)} columns; put a text that holds a {_SIGN[delimiter]} in "
+                        "double quotes."
                     )
-                yield line, record
+                if reader.line_num > line:
+                    _refuse_swallowed(path, line, cells)
+                yield line, cells
                 line = reader.line_num + 1
         except csv.Error as error:
             what = (
@@ -141,8 +164,28 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, dict[Any, Any]
             raise DataError(f"{path} line {line}: {what}") from None
 
 
+def _refuse_swallowed(path: Path, line: int, cells: dict[Any, Any]) -> None:
+    """Raises DataError where a quoted cell holds a line break and a tab: it is other rows' cells.
+
+    A lone double quote at the start of a cell opens it until the next one, some lines below.
+    """
+    for column, cell in cells.items():
+        if path.suffix.lower() == ".tsv" and cell and "\t" in cell and "\n" in cell:
+            raise DataError(
+                f"{path} line {line}: column {column!r} goes on over tabs and line breaks up to "
+                "the next double quote; write a quote that is a letter twice, within quotes."
+            )
+
+
 def _tsv(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
     return _csv(path, delimiter="\t")
+
+
+def _txt(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for line, content in enumerate(file, start=1):
+            if content.strip():
+                yield line, {"text": content.rstrip("\n")}
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
@@ -150,29 +193,45 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
         for line, content in enumerate(file, start=1):
             if content.strip():
                 try:
-                    record = json.loads(content)
+                    cells = json.loads(content, object_pairs_hook=_once)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path} line {line}: not JSON: {error.msg}.") from None
-                if not isinstance(record, dict):
+                except _TwiceError as error:
+                    raise DataError(f"{path} line {line}: {error}") from None
+                if not isinstance(cells, dict):
                     raise DataError(f"{path} line {line}: expected an object, one on each line.")
-                yield line, record
+                yield line, cells
 
 
-def _cell(path: Path, line: int, column: str, record: dict[Any, Any]) -> str:
-    """The text in a column.
+def _json(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """(item, cells) of a list of objects, or of one under the key `data`; items count from 1."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} line {error.lineno}: not JSON: {error.msg}.") from None
+    except _TwiceError as error:
+        raise DataError(f"{path}: {error}") from None
+    items = found.get("data") if isinstance(found, dict) else found
+    if not isinstance(items, list):
+        raise DataError(f"{path}: expected a list of objects, or one under the key 'data'.")
+    for item, cells in enumerate(items, start=1):
+        if not isinstance(cells, dict):
+            raise DataError(f"{path} item {item}: expected an object.")
+        yield item, cells
 
-    Raises:
-        DataError: there is no such column, nothing in it, or no text.
 
-    """
-    if column not in record:
-        raise DataError(_no_column(path, column, list(map(str, record))))
-    value = record[column]
-    if isinstance(value, dict | list):
-        raise DataError(f"{path} line {line}: {column!r} holds a {type(value).__name__}, no text.")
-    if value is None or not str(value).strip():
-        raise DataError(f"{path} line {line}: no value in column {column!r}.")
-    return str(value)
+class _TwiceError(ValueError):
+    """A key stands twice in a JSON object."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`; json itself keeps the last of two values, silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _TwiceError(f"the key {twice!r} stands twice in an object.")
+    return found
 
 
 def _no_column(path: Path, column: str, known: Sequence[str]) -> str:

@@ -1,13 +1,15 @@
 """One label a text, or a pair of texts: the cross-entropy, and the metrics of guessed labels."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lorakit.data import check_labels
-from lorakit.data.sources import Rows
+from lorakit.data.labels import check_labels
+from lorakit.data.rows import Rows
 from lorakit.models import Head
 from lorakit.tasks.texts import Metric
 
@@ -34,7 +36,10 @@ def f1(truth: Sequence[float], guesses: Sequence[float]) -> float:
 
 
 def matthews(truth: Sequence[float], guesses: Sequence[float]) -> float:
-    """Matthews' correlation of two labels, in percent; 0 where either is constant."""
+    """Matthews' correlation, in percent; 0 where truth or guesses are constant.
+
+    Of more labels than two it is Gorodkin's generalisation (2004), as for GLUE's diagnostics.
+    """
     from sklearn.metrics import matthews_corrcoef
 
     if len({*truth, *guesses}) == 1:  # which scikit-learn warns of
@@ -55,9 +60,9 @@ class Classification:
     def check(self, rows: Rows, where: str, several: bool) -> None:
         check_labels(rows, self.labels, where, several)
 
-    def targets(self, labels: Sequence[str]) -> list[int]:
+    def targets(self, labels: Sequence[str]) -> Tensor:
         numbers = {label: i for i, label in enumerate(self.labels)}
-        return [numbers[label] for label in labels]
+        return torch.tensor(array("q", (numbers[label] for label in labels)))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(outputs, targets, reduction="sum")

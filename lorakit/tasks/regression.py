@@ -1,13 +1,16 @@
 """One number a text, or a pair of texts: the squared error, and correlations."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 
+import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from lorakit.data import check_numbers
-from lorakit.data.sources import Rows
+from lorakit.data.labels import check_numbers
+from lorakit.data.rows import Rows
 from lorakit.models import Head
 from lorakit.tasks.texts import Metric
 
@@ -31,6 +34,11 @@ def spearman(truth: Sequence[float], guesses: Sequence[float]) -> float:
     return pearson(rankdata(truth).tolist(), rankdata(guesses).tolist())
 
 
+def rmse(truth: Sequence[float], guesses: Sequence[float]) -> float:
+    """Root of the mean squared error, in the labels' own unit; the loss is its square."""
+    return sqrt(sum((t - g) ** 2 for t, g in zip(truth, guesses, strict=True)) / len(truth))
+
+
 @dataclass(frozen=True)
 class Regression:
     """Fits `texts.Objective`."""
@@ -45,10 +53,10 @@ class Regression:
         return Head((OUTPUT,))
 
     def check(self, rows: Rows, where: str, several: bool) -> None:
-        check_numbers(rows, where, several)
+        check_numbers(rows, self.labels, where, several)
 
-    def targets(self, labels: Sequence[str]) -> list[float]:
-        return [float(label) for label in labels]
+    def targets(self, labels: Sequence[str]) -> Tensor:
+        return torch.tensor(array("f", map(float, labels)))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return mse_loss(self.guesses(outputs), targets, reduction="sum")

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from lorakit.data import Splits
-from lorakit.data.batching import Batch, Encoded, encode, steps
-from lorakit.data.sources import Rows
-from lorakit.errors import DataError, nearest
+from lorakit.data.batching import Batch, Encoded
+from lorakit.data.encoding import encode
+from lorakit.data.rows import Rows
+from lorakit.errors import DataError
 from lorakit.models import Head
+from lorakit.tasks.rows import RowTask
 
-Metric = Callable[[Sequence[float], Sequence[float]], float]
-"""Of the truth and the guesses, row by row; in percent, and named by its function's name."""
-
-SAMPLE_SEED = 42
-"""Draws the rows of `sample`, whatever the run's seed: runs are scored on the same rows."""
+Metric = Callable[[Sequence[Any], Sequence[Any]], float]
+"""Of the truth and the guesses, row by row; in percent unless it is an error, and named by its
+function's name."""
 
 
 class Objective(Protocol):
@@ -39,29 +37,21 @@ class Objective(Protocol):
     def check(self, rows: Rows, where: str, several: bool) -> None:
         """Raises DataError for answers it does not know; `several`: also for all the same."""
 
-    def targets(self, labels: Sequence[str]) -> list[int] | list[float]:
-        """Answers as the rows have them, as the numbers that `loss` takes."""
+    def targets(self, labels: Sequence[Any]) -> Tensor:
+        """Answers as the rows have them, as `loss` takes them: (rows,) or (rows, outputs)."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Summed over rows: outputs (rows, outputs), targets (rows,)."""
+        """Summed over rows: outputs (rows, outputs), targets as `targets` has them."""
 
     def guesses(self, outputs: Tensor) -> Tensor:
-        """(rows,): what `metrics` compare with the targets."""
+        """What `metrics` compare with the targets, row by row."""
 
 
 @dataclass(frozen=True)
-class TextTask:
+class TextTask(RowTask[Rows]):
     """Fits `tasks.Task`."""
 
-    splits: Splits
-    max_length: int
     objective: Objective
-    tokenizer: Any = None
-    _encoded: dict[str, Encoded] = field(default_factory=dict)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.splits.notes
 
     def head(self) -> Head:
         return self.objective.head()
@@ -73,7 +63,7 @@ class TextTask:
             DataError: `max_length` leaves no room for a token of each text.
 
         """
-        texts = len(self._rows("train").texts[0])
+        texts = len(next(iter(self.splits.rows.values())).texts[0])
         special = tokenizer.num_special_tokens_to_add(pair=texts == 2)
         if self.max_length < special + texts:
             raise DataError(
@@ -82,22 +72,9 @@ class TextTask:
             )
         return replace(self, tokenizer=tokenizer, _encoded={})
 
-    def rows(self, split: str) -> int:
-        return len(self._rows(split).texts)
-
-    def steps(
-        self, batch_size: int, pieces: int, seed: int, start: int = 0
-    ) -> Iterator[list[Batch]]:
-        rows = self.encoded("train")
-        for step in steps(rows.lengths, batch_size, pieces, seed, start):
-            yield [rows.batch(piece) for piece in step]
-
-    def batches(self, split: str, batch_size: int) -> Iterator[Batch]:
-        rows = self.encoded(split)
-        lengths = rows.lengths
-        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        for i in range(0, len(order), batch_size):
-            yield rows.batch(order[i : i + batch_size])
+    def encode(self, split: str, rows: Rows) -> Encoded:
+        targets = self.objective.targets(rows.labels)
+        return encode(rows, targets, self.tokenizer, self.max_length, split)
 
     def items(self, batch: Batch) -> int:
         return len(batch.rows)
@@ -116,33 +93,3 @@ class TextTask:
         truth, guesses = labels.tolist(), self.objective.guesses(outputs).tolist()
         scores = {metric.__name__: metric(truth, guesses) for metric in self.objective.metrics}
         return {**scores, "loss": float(self.objective.loss(outputs, labels)) / len(labels)}
-
-    def encoded(self, split: str) -> Encoded:
-        """A split's token ids; tokenized when first asked for."""
-        if split not in self._encoded:
-            rows = self._rows(split)
-            targets = self.objective.targets(rows.labels)
-            self._encoded[split] = encode(rows, targets, self.tokenizer, self.max_length)
-        return self._encoded[split]
-
-    def limited(self, split: str, limit: int | None) -> TextTask:
-        """The task with only the first `limit` rows of a split; null: all."""
-        count = self.rows(split)
-        return self._with_rows(split, range(count if limit is None else min(limit, count)))
-
-    def sample(self, split: str, count: int) -> TextTask:
-        """The task with `count` rows of a split, the same at every call."""
-        draw = torch.Generator().manual_seed(SAMPLE_SEED)
-        order = torch.randperm(self.rows(split), generator=draw).tolist()
-        return self._with_rows(split, sorted(order[:count]))
-
-    def _with_rows(self, split: str, numbers: Iterable[int]) -> TextTask:
-        rows = self._rows(split).take(numbers)
-        splits = self.splits._replace(rows={**self.splits.rows, split: rows})
-        return replace(self, splits=splits, _encoded={})
-
-    def _rows(self, split: str) -> Rows:
-        if split not in self.splits.rows:
-            known = ", ".join(self.splits.rows)
-            raise DataError(f"no split {split!r}.{nearest(split, self.splits.rows)} Here: {known}.")
-        return self.splits.rows[split]

@@ -13,6 +13,9 @@ to the tensors' own; then gates, noise and penalty; then `freeze`, in which gate
 The gates' rate is matched to the run's length: with no gradient but the penalty's a logit loses
 about its rate a step, however weak the penalty is, since Adam divides by its size.
 
+`keep` and `bits` are ours: instead of a penalty, as many gates are closed as they ask for, those
+first that the loss asks least for (lorakit/chains.py).
+
 The paper's text was not available; read were its co-author's fork of peft (KseniaSycheva/peft,
 6548bad) and another's port (tvergara/sah, b5a5bd6). Departs from them: B starts at 0, E at 1 and A
 as LoRA's, so that the start is exact; ranges are set after the warm-up, not at the first forward
@@ -21,12 +24,14 @@ decay; s = alpha / r; the bias and the input x are never quantised.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
+from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, final
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 from torch import Tensor, distributed, nn
 from torch.func import functional_call
 from torch.nn.functional import linear
@@ -45,9 +50,10 @@ from lorakit.adapter import (
     VariantConfig,
     plain_parameters,
 )
+from lorakit.chains import Closing, Tally, stacked
 from lorakit.codes import BITS, CodedPair, Grid, Grids, coded_base, coded_update, gridded
 from lorakit.errors import RecipeError
-from lorakit.schema import Section
+from lorakit.gates import Gates, Quantize, closed, unmoved
 
 INNER = ("A", "E", "B")
 ACTIVATIONS = ("base", "down", "inner", "up", "total")  # as in codes.Grids
@@ -60,49 +66,23 @@ MATCH = 4.0
 after a fifth to a third of it."""
 
 
-class Gates(Section):
-    """How hard bits and ranks are pushed down, and when."""
-
-    lambda_bits: NonNegativeFloat = 1e-3
-    """What every doubling of a tensor's bits costs, in units of the task's loss."""
-    lambda_ranks: NonNegativeFloat = 1e-2
-    """What the ranks of a linear cost, all of them, in units of the task's loss."""
-    gate_init: float = Field(3.0, gt=quantizer.THRESHOLD, le=10.0)
-    """Logit of every gate at the start of their phase; one is closed below -0.94."""
-    gate_lr: PositiveFloat | None = None
-    """Peak learning rate of the gates' logits. null: by the length of their phase, so that a gate
-    which nothing holds open is closed after a fifth to a third of it."""
-    range_lr: PositiveFloat = 1e-2
-    """Peak learning rate of the logarithms of the ranges."""
-    warmup: float = Field(0.2, ge=0.0, lt=1.0)
-    """Share of the run, at least one step, in which nothing is quantised and no gate moves."""
-    freeze: float = Field(0.2, ge=0.0, lt=1.0, validate_default=True)
-    """Share of the run, its end, in which gates stand thresholded and the rest trains on."""
-
-    @field_validator("freeze")
-    @classmethod
-    def _leaves_time_for_gates(cls, freeze: float, others: ValidationInfo) -> float:
-        warmup = others.data.get("warmup", 0.0)
-        if warmup + freeze >= 1:
-            raise ValueError(f"warmup {warmup:g} and freeze {freeze:g} leave no step to the gates")
-        return freeze
-
-
-class Quantize(Section):
-    """What is quantised besides the adapter; either leaves no plain pair to export."""
-
-    weights: bool = False
-    """The base weight of every adapted linear."""
-    activations: bool = False
-    """What enters the sum of base and update, what A and E give, and the sum."""
-
-
 class BLoRAConfig(VariantConfig):
     """B-LoRA."""
 
     variant: Literal["blora"]
     gates: Gates = Gates()
     quantize: Quantize = Quantize()
+
+    @field_validator("quantize")
+    @classmethod
+    def _what_bits_count(cls, quantize: Quantize, others: ValidationInfo) -> Quantize:
+        bits = getattr(others.data.get("gates"), "bits", None)
+        if bits is not None and (quantize.weights or quantize.activations):
+            raise ValueError(
+                "`gates.bits` counts the adapter's numbers alone; with more to quantise give "
+                "`gates.lambda_bits`"
+            )
+        return quantize
 
 
 class Phase(IntEnum):
@@ -247,10 +227,12 @@ class BLoRALinear(Adapter):
         A, B = self.coded()._replace(grids=Grids()).plain()
         return B @ A
 
-    @torch.no_grad()
     def rank(self) -> int:
-        codes = self._grids()["E"].coded(self.E * self.open_ranks()).codes
-        return int(codes.count_nonzero())
+        return int((self.alive() * self.open_ranks()).sum())
+
+    def alive(self) -> Tensor:
+        """The ranks whose E does not round to 0, (r,), whatever their gates are."""
+        return self._grids()["E"].coded(self.E).codes != 0
 
     def bits(self) -> dict[str, int]:
         """The width of every quantised tensor in evaluation, by name."""
@@ -283,6 +265,26 @@ class BLoRALinear(Adapter):
         return Grids(**{name: grids[name] for name in names})
 
 
+def ranks_left(layers: Iterable[BLoRALinear], keep: float, fresh: bool = False) -> Tally:
+    """Of `keep`: the ranks whose E does not round to 0; with `fresh`, as at the start, all."""
+    alive = [layer.E != 0 if fresh else layer.alive() for layer in layers]
+    free = sum(float(own[0]) for own in alive)
+    return Tally(stacked([own[1:].double() for own in alive]), free, keep * sum(map(len, alive)))
+
+
+def bits_left(layers: Iterable[BLoRALinear], bits: float, fresh: bool = False) -> Tally:
+    """Of `bits`: those of all numbers in A, E and B, of ranks that live."""
+    sizes = [(layer.r if fresh else layer.rank(), layer.n, layer.m) for layer in layers]
+    numbers = torch.tensor([[k * n, k, m * k] for k, n, m in sizes], dtype=torch.float64)
+    rungs = torch.tensor([wide - narrow for narrow, wide in pairwise(BITS)])
+    whole = float(numbers.sum())
+    return Tally(numbers.view(-1, 1) * rungs, BITS[0] * whole, bits * whole)
+
+
+COUNTED = {"keep": ("rank_logits", ranks_left), "bits": ("bit_logits", bits_left)}
+"""Targets: the gates they close, and what counts for them."""
+
+
 class BayesianGates(Controller[BLoRALinear, BLoRAConfig]):
     """The phases of a run, the complexity term, and how gates stand."""
 
@@ -304,8 +306,24 @@ class BayesianGates(Controller[BLoRALinear, BLoRAConfig]):
                 f"takes {way:.2f} from gate_init. Give null, {MATCH * way / max(1, phase):.1g}, or "
                 "a longer run."
             )
+        self.closings = self._closings()
         self.opened = self._opened()
         self.step = self.moved = 0  # now, and the last step at which a gate opened or closed
+
+    def _closings(self) -> dict[str, Closing]:
+        """The way to every target there is."""
+        layers, gates, closings = self.layers.values(), self.config.gates, {}
+        for target, (logits, count) in COUNTED.items():
+            if (asked := getattr(gates, target)) is not None:
+                closings[target] = Closing(
+                    [getattr(layer, logits) for layer in layers],
+                    gates.gate_init,
+                    partial(count, layers, asked),
+                    f"adapter.gates.{target}: {asked:g}",
+                    self.steps,
+                    (self.dense + 1, self.gated),
+                )
+        return closings
 
     def penalty(self) -> Tensor | None:
         """lambda_bits and lambda_ranks times the expected lengths of their chains."""
@@ -317,16 +335,20 @@ class BayesianGates(Controller[BLoRALinear, BLoRAConfig]):
         logits: list[Tensor] = [layer.rank_logits for layer in layers]
         lengths = quantizer.chain(pad_sequence(logits, batch_first=True, padding_value=-100.0))
         ranks = (lengths / torch.tensor([max(1, len(phi)) for phi in logits]).to(lengths)).sum()
-        return gates.lambda_bits * bits + gates.lambda_ranks * ranks
+        return (gates.lambda_bits or 0.0) * bits + (gates.lambda_ranks or 0.0) * ranks
 
     def before_step(self, ctx: Step) -> None:
         """What stands still has no gradient at all: a 0 would count as a step for Adam."""
         for layer in self.layers.values():
             for name in IDLE[self._phase()]:
                 getattr(layer, name).grad = None
+        for closing in self.closings.values():
+            closing.hear()
 
     def after_step(self, ctx: Step) -> Kept:
         self.step = ctx.step
+        for closing in self.closings.values():  # of ranks, then of the bits of those that live
+            closing.close(ctx.step)
         for layer in self.layers.values():
             if ctx.step == self.dense:
                 layer.calibrate()
@@ -338,11 +360,15 @@ class BayesianGates(Controller[BLoRALinear, BLoRAConfig]):
         return {}
 
     def settled(self) -> bool:
-        """Gates stand, or none has opened or closed for a tenth of the run since one first did."""
+        """Gates stand, or targets are met and what a strength pushes has come to rest.
+
+        That is, no gate has opened or closed for a tenth of the run since one first did.
+        """
         gates = self.config.gates
-        at_work = gates.lambda_bits > 0 or gates.lambda_ranks > 0
-        quiet = self.step - self.moved >= max(1, self.steps // 10)
-        return self.step >= self.gated or not at_work or (self.moved > 0 and quiet)
+        met = all(closing.met for closing in self.closings.values())
+        at_work = gates.lambda_bits or gates.lambda_ranks
+        quiet = self.moved > 0 and self.step - self.moved >= max(1, self.steps // 10)
+        return met and (self.step >= self.gated or not at_work or quiet)
 
     def told(self) -> Mapping[str, Any]:
         """How many tensors have which width, and how many linears which rank."""
@@ -354,14 +380,14 @@ class BayesianGates(Controller[BLoRALinear, BLoRAConfig]):
         layers, gates = self.layers.values(), self.config.gates
         bits = {b for layer in layers for b in layer.bits().values()}
         said = []
-        if bits == {BITS[0]}:
-            said.append(_closed("bit", "every tensor is at 2 bits, the floor", "lambda_bits"))
+        if bits == {BITS[0]} and gates.bits is None:
+            said.append(closed("bit", "every tensor is at 2 bits, the floor", "lambda_bits"))
         if bits == {BITS[-1]} and gates.lambda_bits:
-            said.append(_unmoved("bit", "every tensor is at 32 bits", "lambda_bits"))
-        if all(layer.rank() <= 1 < layer.r for layer in layers):
-            said.append(_closed("rank", "no linear has more than rank 1", "lambda_ranks"))
+            said.append(unmoved("bit", "every tensor is at 32 bits", "lambda_bits"))
+        if all(layer.rank() <= 1 < layer.r for layer in layers) and gates.keep is None:
+            said.append(closed("rank", "no linear has more than rank 1", "lambda_ranks"))
         if all(layer.open_ranks().all() and layer.r > 1 for layer in layers) and gates.lambda_ranks:
-            said.append(_unmoved("rank", "every linear has its start rank", "lambda_ranks"))
+            said.append(unmoved("rank", "every linear has its start rank", "lambda_ranks"))
         return tuple(said)
 
     def _phase(self) -> Phase:
@@ -374,29 +400,20 @@ class BayesianGates(Controller[BLoRALinear, BLoRAConfig]):
         return quantizer.is_open(torch.cat(logits))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"opened": self.opened, "steps": torch.tensor([self.step, self.moved])}
+        state = {"opened": self.opened, "steps": torch.tensor([self.step, self.moved])}
+        for target, closing in self.closings.items():
+            state |= {f"{target}.{key}": value for key, value in closing.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.opened = state["opened"].to(self.opened.device)
         self.step, self.moved = state["steps"].tolist()
+        for target, closing in self.closings.items():
+            closing.load_state_dict({key: state[f"{target}.{key}"] for key in ("worth", "met")})
 
 
 def _counts(found: Counter[int]) -> dict[str, int]:
     return {str(value): found[value] for value in sorted(found)}
-
-
-def _closed(kind: str, state: str, strength: str) -> str:
-    return (
-        f"every {kind} gate closed: {state}. Lower adapter.gates.{strength} or gate_lr, or let "
-        "the weights learn first by a longer warmup."
-    )
-
-
-def _unmoved(kind: str, state: str, strength: str) -> str:
-    return (
-        f"no {kind} gate closed: {state}. Raise adapter.gates.{strength}, or gate_lr if "
-        "the run is too short for them."
-    )
 
 
 VARIANT = Variant(BLoRAConfig, BLoRALinear, BayesianGates, Promises(exchangeable_ranks=False))

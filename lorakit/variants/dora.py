@@ -83,8 +83,8 @@ class DoRALinear(Adapter):
     def factors(self) -> Factors:
         raise NotLowRankError(
             "DoRA rescales whole rows of W, which no plain pair of small matrices does: there is "
-            "nothing to prune and nothing that a new adapter could start from. The run can be "
-            "scored by `lorakit eval` and trained on by `lorakit train --resume`."
+            "nothing to prune and nothing that a new adapter could start from. `lorakit merge` "
+            "writes base and update as one model; `lorakit eval` and `predict` take the run."
         )
 
 

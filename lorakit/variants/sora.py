@@ -49,7 +49,6 @@ from lorakit.adapter import (
     plain_parameters,
     thin,
 )
-from lorakit.errors import RecipeError
 from lorakit.linalg import ThinSVD, product_svd
 from lorakit.sparsity import Sparsity
 from lorakit.target import Target
@@ -251,12 +250,8 @@ class GatesToTarget(ProximalGates):
         cost = torch.cat([self._cost(layer).expand(layer.r) for layer in layers.values()])
         self.target = Target.of(cost, self.sparsity.keep, steps)
         self.met = 0  # the step at which it was
-        if self.target.first < 2:  # in the first, no gate has a gradient yet
-            raise RecipeError(
-                f"adapter.sparsity.keep: {self.sparsity.keep:g}: at most {self.target.at_most} of "
-                f"{self.gates} ranks may die in a step, and in the first three quarters of "
-                f"{steps} steps not so many can; train longer."
-            )
+        asked = f"adapter.sparsity.keep: {self.sparsity.keep:g}"
+        self.target.refuse_haste(2, asked, self.gates)  # in the first, no gate has a gradient yet
 
     def after_step(self, ctx: Step) -> Kept:
         if ctx.step == self.target.first and self.sparsity.basis == "principal":

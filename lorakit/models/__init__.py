@@ -1,0 +1,319 @@
+"""The base model and its tokenizer: from the hub, a folder, a file, or an installed package."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor, nn
+
+from lorakit.base import Codes, is_linear, is_quantized, quantized, settled
+from lorakit.errors import ModelError
+from lorakit.models import gguf
+from lorakit.models.refusals import cannot_load
+from lorakit.places import PACKAGE, locate
+from lorakit.schema import Section
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    name: str
+    """A hub id, a folder, or `package:DISTRIBUTION/PATH`: a model inside an installed package. In
+    the place of a folder, a .gguf file."""
+    revision: str | None = None
+    """A branch, tag or commit of the hub's repository."""
+    precision: Precision = "auto"
+    """What the base computes in and stores its weights in: fp32, bf16, or auto: bf16 where the
+    device computes it natively. Adapters and the head are float32 always."""
+    quantize: Codes | None = None
+    """Store the base's linears in codes: nf4 or fp4, 4.5 bits a weight, or int8; null: not. Codes
+    are taken of the weights as their files have them, and computed with in `precision`, in which
+    the embeddings, norms and output layer stay."""
+    double_quant: bool = Field(False, validate_default=True)
+    """Store the scales of 4-bit codes in 8 bits themselves: 4.13 bits a weight."""
+    dropout: float | None = Field(None, ge=0.0, lt=1.0)
+    """Dropout within the base model while training; null: as its own configuration has it."""
+
+    @field_validator("double_quant")
+    @classmethod
+    def _of_four_bits(cls, double: bool, others: ValidationInfo) -> bool:
+        if double and others.data.get("quantize", "nf4") not in ("nf4", "fp4"):
+            raise ValueError("only 4-bit codes have scales to store so: model.quantize nf4 or fp4")
+        return double
+
+
+CLASSIFIER = "SEQ_CLS"
+"""PEFT's word for a model with a classification head."""
+WRITERS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""PEFT's words for models that write text with a layer of their own."""
+LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""Its words for models that write text."""
+_CLASSES = {
+    CLASSIFIER: "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+    None: "AutoModel",
+}
+
+
+class Head(NamedTuple):
+    """What a task asks of the model's last layer, known before the model is loaded."""
+
+    labels: tuple[str, ...] = ()
+    """Names of the outputs, one for a regression; empty: as the base model has them."""
+    kind: str | None = CLASSIFIER
+    """PEFT's task type."""
+    multiple: bool = False
+    """Whether a text may have any number of the labels."""
+
+    @property
+    def problem(self) -> str:
+        """What transformers calls it, by its own rule: one output is a regression's."""
+        if self.multiple:
+            return "multi_label_classification"
+        return "regression" if len(self.labels) == 1 else "single_label_classification"
+
+
+class Base(NamedTuple):
+    """A loaded base model."""
+
+    model: nn.Module
+    tokenizer: Any
+    head: tuple[str, ...]
+    """Names of the modules that start anew and are trained whole."""
+    max_tokens: int
+    """The longest sequence the model has positions for."""
+    commit: str | None = None
+    """Of the hub's repository it came from."""
+    notes: tuple[str, ...] = ()
+    """What was done to it, to be said aloud."""
+
+
+def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> Base:
+    """Loads model and tokenizer; `seed` draws the head, whatever was drawn before.
+
+    With `stored`, weights come as their files have them, whatever the section's precision. They
+    are mapped into memory, and read when they are looked at.
+
+    Raises:
+        ModelError: the model is not there, not reachable, or not one that does what `head` asks
+            for; or its tokenizer has no token to pad with.
+
+    """
+    import transformers
+
+    _quiet()
+    where = resolve(section.name)
+    if where.endswith(gguf.ENDING):
+        where = str(gguf.unpacked(section.name, Path(where).expanduser()))
+    torch.manual_seed(seed)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            where, revision=section.revision, trust_remote_code=False
+        )
+        config = transformers.AutoConfig.from_pretrained(
+            where,
+            revision=section.revision,
+            trust_remote_code=False,  # left out, transformers asks whether to run the model's code
+            **_head_settings(head),
+        )
+        if section.dropout is not None:
+            _set_dropout(config, section.dropout)
+        model, info = getattr(transformers, _CLASSES[head.kind]).from_pretrained(
+            where,
+            config=config,
+            revision=section.revision,
+            trust_remote_code=False,
+            dtype="auto" if stored or section.quantize else dtype(section.precision),
+            attn_implementation=_attention(head),
+            ignore_mismatched_sizes=bool(head.labels),  # a head of another size starts anew
+            output_loading_info=True,
+        )
+    except UnpicklingError as error:
+        raise ModelError(
+            f"model.name: {section.name!r} cannot be loaded: its weights are a pickle of more than "
+            "tensors, which may run code; save them as safetensors."
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        folder = Path(where).expanduser()
+        raise ModelError(cannot_load(section.name, section.revision, folder, error)) from error
+    fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if fresh and head.kind in WRITERS:
+        raise ModelError(
+            f"model.name: {section.name!r} writes no text: its files lack {min(fresh)}."
+        )
+    names, notes = _head(model, fresh, head), _pad(section.name, model, tokenizer)
+    if section.quantize is not None:
+        _quantize(section, model, names)
+    for module in model.modules():
+        settled(module)  # a base may bring codes of its own
+    longest = min(_positions(model) or tokenizer.model_max_length, tokenizer.model_max_length)
+    return Base(model, tokenizer, names, longest, getattr(config, "_commit_hash", None), notes)
+
+
+def resolve(name: str) -> str:
+    """The folder of a `package:` name; any other name as it stands."""
+    return str(locate(name, ModelError, "model.name")) if name.startswith(PACKAGE) else name
+
+
+def dtype(precision: Precision) -> torch.dtype:
+    """What `precision` means on this machine's device."""
+    if precision == "auto":
+        return torch.bfloat16 if _computes_bf16() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def stored_in(section: ModelSection) -> torch.dtype:
+    """What the base's own files are stored in, as its configuration says; else float32."""
+    import transformers
+
+    where = resolve(section.name)
+    if where.endswith(gguf.ENDING):  # unpacked so
+        return torch.float32
+    config = transformers.AutoConfig.from_pretrained(
+        where, revision=section.revision, trust_remote_code=False
+    )
+    found: torch.dtype | None = config.dtype
+    return torch.float32 if found is None else found
+
+
+def probe(model: nn.Module, rows: int = 4, tokens: int = 24) -> dict[str, Tensor]:
+    """A small batch of token ids, the same at every call: to see whether two models agree.
+
+    Encoders with a decoder behind classify at the one end-of-sequence token of a row.
+    """
+    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, int(size), (rows, tokens), generator=draw)
+    config: Any = model.config
+    if config.is_encoder_decoder:
+        end: int = config.eos_token_id
+        ids[ids == end] = 0
+        ids[:, -1] = end
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return found | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+
+
+def _computes_bf16() -> bool:
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("bf16"))  # x86; ARM
+
+
+def _head(model: nn.Module, fresh: set[str], wanted: Head) -> tuple[str, ...]:
+    """The outermost modules all of whose parameters are new, and owners of single new ones.
+
+    Where none is (a base that already classifies into these labels) the head is what stands
+    outside the backbone; the output layer of a language model is no head.
+    """
+    if not fresh and wanted.labels:
+        backbone = getattr(model, "base_model_prefix", "")
+        children = [n for n, m in model.named_children() if n != backbone and [*m.parameters()]]
+        return tuple(children)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = [f"{name}.{key}" for key, _ in module.named_parameters()]
+        covered = any(name.startswith(f"{outer}.") for outer in found)
+        if name and inside and fresh.issuperset(inside) and not covered:
+            found.append(name)
+    alone = [key for key in sorted(fresh) if not any(key.startswith(f"{o}.") for o in found)]
+    return tuple(dict.fromkeys([*found, *(key.rpartition(".")[0] for key in alone)]))
+
+
+def _quantize(section: ModelSection, model: Any, head: Sequence[str]) -> None:
+    """Puts codes in the place of all linears but the head and the output layer, which may be tied,
+    and those that transformers knows to suffer from low precision.
+
+    The weights come as their files have them, mapped into memory, and leave it one by one.
+    """
+    assert section.quantize is not None
+    spared = {id(m) for name in head for m in model.get_submodule(name).modules()}
+    spared.add(id(model.get_output_embeddings()))
+    fragile = set(model._keep_in_fp32_modules or ())
+    for name, linear in list(model.named_modules()):
+        if is_quantized(linear):
+            raise ModelError(
+                f"model.quantize: {section.quantize}: {section.name!r} is stored in codes already."
+            )
+        if is_linear(linear) and id(linear) not in spared and not fragile & {*name.split(".")}:
+            model.set_submodule(name, quantized(linear, section.quantize, section.double_quant))
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype(section.precision))
+
+
+def _pad(name: str, model: Any, tokenizer: Any) -> tuple[str, ...]:
+    """Sees to it that model and tokenizer pad with the same token; decoders classify the last
+    token that is another one.
+    """
+    notes: tuple[str, ...] = ()
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"model.name: {name!r}: its tokenizer has neither a padding token nor one for the "
+                "end of a text, so rows of unequal length make no batch. Give it a pad_token, in "
+                "tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        notes = (f"the tokenizer has no padding token; {tokenizer.eos_token!r} pads",)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return notes
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many tokens there are positions for; None where they are not counted.
+
+    RoBERTa and its kin count from the padding token's number on.
+    """
+    count = getattr(model.config, "max_position_embeddings", None)
+    tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((getattr(table, "padding_idx", None) for table in tables), None)
+    return count if count is None or padding is None else count - padding - 1
+
+
+def _head_settings(head: Head) -> dict[str, Any]:
+    if not head.labels:
+        return {}
+    return {
+        "num_labels": len(head.labels),
+        "id2label": dict(enumerate(head.labels)),
+        "label2id": {label: i for i, label in enumerate(head.labels)},
+        "problem_type": head.problem,
+    }
+
+
+def _attention(head: Head) -> str | None:
+    """Plain attention for short texts on a CPU, transformers' own choice elsewhere.
+
+    With a padding mask, torch's fused CPU attention took 1.15 x the step of plain matrix products
+    (MiniLM, 32 x 96 tokens, bfloat16, two cores). But plain attention has maps of tokens x tokens,
+    and a step of a language model took 2.5 GiB with them, 1.7 without (SmolLM2-135M in nf4,
+    4 x 512 tokens, activations computed again).
+    """
+    short = head.kind not in LANGUAGE and not torch.accelerator.is_available()
+    return "eager" if short else None
+
+
+def _set_dropout(config: Any, p: float) -> None:
+    """Sets every dropout of a model's configuration, whatever its family calls it."""
+    for name, value in list(vars(config).items()):
+        if re.search(r"(dropout|dropout_prob|pdrop)$", name) and isinstance(value, int | float):
+            setattr(config, name, p)
+
+
+def _quiet() -> None:
+    """No table of missing keys: lorakit says itself which modules start anew."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

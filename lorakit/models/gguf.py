@@ -1,0 +1,56 @@
+"""A GGUF file, llama.cpp's form of a model, as a folder that transformers reads."""
+
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from lorakit.disk import whole_folder
+from lorakit.errors import ModelError
+from lorakit.models.refusals import first_line
+
+ENDING = ".gguf"
+
+
+def unpacked(name: str, path: Path) -> Path:
+    """The folder in the cache of Hugging Face that a GGUF file is unpacked to, in float32, once.
+
+    transformers reads a file's vocabulary three times over in Python: half a minute for one of
+    49,000 tokens. A folder loads in a second and is mapped into memory, not copied.
+
+    Raises:
+        ModelError: there is no such file, the package gguf is missing, or it cannot be read.
+
+    """
+    import transformers
+    from huggingface_hub.constants import HF_HOME
+
+    if not path.is_file():
+        raise ModelError(f"model.name: {name!r}: there is no such file.")
+    facts = path.resolve(), path.stat().st_size, path.stat().st_mtime_ns
+    key = sha256(repr(facts).encode()).hexdigest()[:16]
+    folder = Path(HF_HOME) / "lorakit" / f"{path.stem}-{key}"
+    if folder.exists():
+        return folder
+    if find_spec("gguf") is None:
+        raise ModelError(
+            f"model.name: {name!r}: GGUF files are read by the package gguf, which is not "
+            "installed; pip install 'lorakit[gguf]'."
+        )
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **source,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        )
+    except Exception as error:  # a broken file leads its reader to any of them
+        raise ModelError(f"model.name: {name!r} cannot be read: {first_line(error)}") from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
+    return folder

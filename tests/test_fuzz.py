@@ -1,0 +1,233 @@
+"""Broken files get a message: some hundred of those that scripts/fuzz.py feeds by the thousand."""
+
+import json
+import random
+import runpy
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lorakit import checkpoint, packed, peft_format
+from lorakit import recipe as recipes
+from lorakit.data.sources import records
+from lorakit.errors import DataError, FolderError, LorakitError, RecipeError
+from lorakit.peft_config import Patterns
+from lorakit.sections import Recipe
+
+ROOT = Path(__file__).parents[1]
+FUZZ = runpy.run_path(str(ROOT / "scripts" / "fuzz.py"))
+EACH = 25
+"""Inputs for each reader."""
+
+
+@pytest.fixture(autouse=True)
+def _alarm() -> Iterator[None]:
+    before = signal.signal(signal.SIGVTALRM, FUZZ["out_of_time"])
+    yield
+    signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Of this process's own time."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def names() -> list[str]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        return [target.name for target in FUZZ["targets"](Path(folder))]
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_broken_file_is_refused_in_words_within_a_second(tmp_path: Path, name: str) -> None:
+    target = next(found for found in FUZZ["targets"](tmp_path) if found.name == name)
+    told: Counter[str] = Counter()
+    findings = list(FUZZ["search"](target, range(EACH), 0, told))
+    assert findings == []
+    assert told["taken"] + told["refused"] == EACH
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_is_not_broken_is_taken(tmp_path: Path, name: str) -> None:
+    """Else the test above would pass with readers that refuse everything."""
+    target = next(found for found in FUZZ["targets"](tmp_path) if found.name == name)
+    for seed in target.seeds:
+        target.feed(seed)
+
+
+def test_the_search_sees_what_it_looks_for(tmp_path: Path) -> None:
+    def broken(data: bytes) -> None:
+        raise [IndexError, LorakitError, FUZZ["TooSlowError"], RecursionError][len(data) % 4]("x")
+
+    target = FUZZ["Target"]("broken", (b"x" * 40,), FUZZ["bytewise"], broken)
+    found = {finding.what for finding in FUZZ["search"](target, range(80), 0)}
+    assert found == {"IndexError: x", "TooSlowError: x", "RecursionError: x"}
+
+
+def test_the_same_number_makes_the_same_input() -> None:
+    target = FUZZ["Target"]("t", (b"a: 1\n",), FUZZ["bytewise"], lambda _: 1 / 0)
+    first, again = (list(FUZZ["search"](target, range(5), 3)) for _ in range(2))
+    assert [finding.input for finding in first] == [finding.input for finding in again]
+
+
+# what it has found
+
+
+BRACKETS = "[" * 3000
+
+
+@pytest.mark.parametrize("text", [f"train={{{BRACKETS}", f"train.lr={BRACKETS}"])
+def test_an_override_of_open_brackets_does_not_hold_the_reader_up(text: str) -> None:
+    with within(2.0), pytest.raises(RecipeError, match="override"):
+        recipes.load(ROOT / "recipes" / "quickstart.yaml", [text])
+
+
+def test_numbers_of_yaml_that_are_worked_out_for_seconds_are_words(tmp_path: Path) -> None:
+    """1:30 is 90 to YAML 1.1, and each further pair of digits a product more."""
+    path = tmp_path / "r.yaml"
+    path.write_text(f"seed: 1{':1' * 50_000}\n")
+    with within(2.0), pytest.raises(RecipeError, match="seed: '1:1:1"):
+        recipes.load(path)
+
+
+def test_a_parquet_file_of_types_that_its_reader_does_not_know(tmp_path: Path) -> None:
+    target = next(t for t in FUZZ["targets"](tmp_path) if t.name == "rows.parquet")
+    (seed,) = target.seeds
+    draws = (random.Random(f"0 rows.parquet {number}") for number in (31, 557))
+    for draw in draws:
+        draw.choice(target.seeds)
+        (tmp_path / "x.parquet").write_bytes(target.change(seed, draw))
+        with pytest.raises(DataError, match=r"x\.parquet"):
+            list(records(str(tmp_path / "x.parquet"), "data.train"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("labels", None), ("plans", {"a": [1]}), ("plans", []), ("head", 1), ("scores", {"f1": "x"})],
+)
+def test_a_checkpoint_s_state_of_other_types(tmp_path: Path, key: str, value: Any) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({**FUZZ["STATE"], key: value}))
+    with pytest.raises(FolderError, match=rf"state\.json cannot be read: 1 fault\n  {key}"):
+        checkpoint.meta(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.complex64, torch.int8])
+def test_an_adapter_of_numbers_of_another_kind(tmp_path: Path, kind: torch.dtype) -> None:
+    peft_format.write(tmp_path, FUZZ["plain_adapter"]())
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = dict.fromkeys(("a.lora_A.weight", "a.lora_B.weight"), torch.ones(1, 1).to(kind))
+    save_file({key: value.clone() for key, value in tensors.items()}, path)
+    if kind.is_floating_point:
+        with pytest.raises(FolderError, match=r"rank 1, .* says 3"):
+            peft_format.read(tmp_path)
+    else:
+        with pytest.raises(FolderError, match=f"a.lora_A.weight: {kind}; expected fractions"):
+            peft_format.read(tmp_path)
+
+
+def test_a_packed_shape_that_no_tensor_has(tmp_path: Path) -> None:
+    packed.write(tmp_path, FUZZ["coded_adapter"]())
+    header = json.loads((tmp_path / packed.HEADER).read_text())
+    header["layers"]["encoder.value"]["A"]["shape"] = [0, 2**70]
+    (tmp_path / packed.HEADER).write_text(json.dumps(header))
+    with pytest.raises(FolderError, match=r"encoder\.value\.A\.shape\.1: .*less than"):
+        packed.read(tmp_path)
+
+
+def test_a_pattern_that_would_match_for_years_is_given_up(tmp_path: Path) -> None:
+    alphas = Patterns(tmp_path, "alpha_pattern", {"(a|aa)+b": 1.0}, 8.0)
+    with pytest.raises(FolderError, match="alpha_pattern: matching takes longer than 1 s"):
+        alphas.of("a" * 200)
+
+
+def test_hundreds_of_names_over_hundreds_of_modules_take_no_time(tmp_path: Path) -> None:
+    given = {f"model.layers.{i}.mlp.{k}_proj": i for i in range(300) for k in ("up", "down")}
+    ranks = Patterns(tmp_path, "rank_pattern", given, 8)
+    with within(1.0):
+        assert [ranks.of(f"base.{name}") for name in given] == list(given.values())
+
+
+# recipes that hold, and such that cannot
+
+
+def drawn(draw: random.Random) -> dict[str, Any]:
+    """A recipe that holds, whatever is drawn: settings that do not bear on each other."""
+    given: dict[str, Any] = {
+        "model": {"name": draw.choice(["some/base", "./folder"])},
+        "task": {"name": draw.choice(["glue/sst2", "glue/stsb", "classification"])},
+        "adapter": {"variant": draw.choice(VARIANTS)},
+        "output_dir": f"runs/{draw.randrange(10**6)}",
+    }
+    if given["task"]["name"] == "classification":
+        given["data"] = {"train": "x.csv", "held_out": draw.choice([0.1, 0.5])}
+    for section, key, values in DRAWN:
+        if draw.random() < 0.4:
+            given.setdefault(section, {})[key] = draw.choice(values)
+    return given
+
+
+VARIANTS = ("lora", "sora", "adalora", "blora", "dora", "olora", "pissa")
+DRAWN: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("model", "precision", ("auto", "fp32", "bf16")),
+    ("model", "revision", ("main", None)),
+    ("model", "dropout", (0.0, 0.5, None)),
+    ("task", "max_length", (1, 128, 10**6)),
+    ("adapter", "rank", (8, 64, 10**9)),
+    ("adapter", "alpha", (0.5, 16, 1e-9)),
+    ("adapter", "dropout", (0, 0.0, 0.99)),
+    ("adapter", "targets", ("all-linear", ["query", "value"], [r"layer\.\d+\.query"])),
+    ("adapter", "exclude", ([], ["pooler.dense"])),
+    ("adapter", "layers", ("0", "0-3,5", None)),
+    ("adapter", "also_train", (["embeddings.word"], [])),
+    ("train", "steps", (1, 10**6)),
+    ("train", "batch_size", (1, 4096)),
+    ("train", "accumulate", (1, 64)),
+    ("train", "lr", (1e-9, 1, 3e-4)),
+    ("train", "schedule", ("linear", "cosine", "constant")),
+    ("train", "warmup", (0, 0.5)),
+    ("train", "clip", (None, 0.1)),
+    ("train", "eval_every", (None, 1, "1 epoch", "12 epochs")),
+    ("train", "save_every", (None, 7, "2 epochs")),
+    ("train", "patience", (None, 3)),
+)
+
+
+def test_recipes_that_hold_are_taken_and_come_back_as_they_were(tmp_path: Path) -> None:
+    path, again = tmp_path / "r.yaml", tmp_path / "again.yaml"
+    for number in range(60):
+        given = drawn(random.Random(number))
+        path.write_text(json.dumps(given))  # which is YAML too
+        recipe = recipes.load(path)
+        again.write_text(recipes.dump(recipe))
+        assert recipes.load(again) == recipe
+        assert isinstance(recipe, Recipe)
+
+
+def test_recipes_that_are_changed_end_in_one_message_and_code_2(
+    tmp_path: Path, lorakit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or are recipes still, of a model that is nowhere."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(40):
+        draw = random.Random(f"changed {number}")
+        text = FUZZ["as_yaml"](json.dumps(drawn(draw)).encode(), draw)
+        Path("r.yaml").write_bytes(text)
+        answer = lorakit("train", "r.yaml", "--dry-run")
+        assert (answer.code, answer.out) == (2, ""), text
+        first, *more = answer.err.splitlines()
+        assert first.startswith("error: ")
+        assert all(line.startswith("  ") for line in more)
+        assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
