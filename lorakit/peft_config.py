@@ -6,7 +6,7 @@ from time import monotonic
 from typing import Annotated, Any
 
 import regex
-from pydantic import ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from lorakit.errors import FolderError, several
 from lorakit.schema import Section, expected
@@ -19,6 +19,7 @@ PATIENCE = 1.0
 """Seconds for the regular expressions of one table, all modules together. A thousand matches take a
 hundredth of it; `(a|aa)+b`, made for it, would take years."""
 _NAME = regex.compile(r"[\w.-]+")
+Rank = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class PeftConfig(Section):
@@ -32,9 +33,9 @@ class PeftConfig(Section):
     peft_type: str
     task_type: str | None = None
     base_model_name_or_path: str | None = None
-    r: PositiveInt = 8
+    r: Rank = 8
     lora_alpha: float = 8
-    rank_pattern: dict[str, PositiveInt] | None = None
+    rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool = False
     modules_to_save: tuple[Annotated[str, Field(min_length=1)], ...] | None = None

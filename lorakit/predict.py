@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,15 @@ from lorakit.tasks import TaskSection, glue
 from lorakit.tasks.generation import complete, prompt_of
 from lorakit.trained import Trained, logits
 
-WINDOW = 32
+WINDOW = 8
 """Batches that are read ahead and sorted by length, so that little is padded; then the answers go
 out in the order of the texts, and memory does not grow with their number."""
 LIKELY = 0.5
 """From this probability on a text has a label, where it may have any number of them."""
 PLACES = 6
 """Decimals of probabilities and numbers."""
-FORMATS = ("text", "prompt", "alpaca", "chat")
-"""How a bare text may be prompted."""
+FORMATS = get_args(TaskSection.model_fields["format"].annotation)[1:]
+"""How a bare text may be prompted; the first, `auto`, is of rows."""
 BARE = TaskSection(name="causal-lm", format="text")
 """How, where no recipe tells."""
 

@@ -74,6 +74,8 @@ RECIPE: dict[str, Any] = {
 class Tally:
     """What has been seen."""
 
+    life: float
+    """Seconds that a process takes undisturbed; the shortest seen."""
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
@@ -167,7 +169,7 @@ def disturb(number: signal.Signals, moment: float, cold: bool, tally: Tally, aim
 
     `aim`: at the next write after it, where one comes within two seconds.
     """
-    resumed = RUN.exists()
+    resumed, began = RUN.exists(), time.monotonic()
     process = start(["train", str(RUN), "--resume"] if resumed else ["train", "recipe.yaml"], cold)
     code = ended(process, moment)
     if code is None and aim:
@@ -184,6 +186,8 @@ def disturb(number: signal.Signals, moment: float, cold: bool, tally: Tally, aim
         tally.counts[f"ended in {code}"] += 1
     elif code != 0:
         tally.fault(f"undisturbed for {moment:.2f} s, it ended in {code}")
+    elif not resumed:
+        tally.life = min(tally.life, time.monotonic() - began)
     inspect(tally)
     if code == 0:
         compare(tally)
@@ -270,20 +274,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    draw, tally, began = random.Random(given.seed), Tally(), time.monotonic()
+    draw, began = random.Random(given.seed), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="lorakit-chaos-"))
     os.chdir(folder)
     prepare()
     with suppress(SystemExit), redirect_stdout(io.StringIO()):
         lorakit(["train", "recipe.yaml", "--dry-run", "--json"])  # imports what comes late
-    whole = life()
-    print(f"undisturbed: {whole:.1f} s; working in {folder}", flush=True)
+    tally = Tally(life())
+    print(f"undisturbed: {tally.life:.1f} s; working in {folder}", flush=True)
     polite = (signal.SIGINT, signal.SIGTERM)
     plan = [(signal.SIGKILL, given.kills)] + [(each, given.signals // 2) for each in polite]
     for number, count in plan:
         cold = given.cold if number == signal.SIGKILL else 0
         while (sent := tally.counts[f"{number.name} sent"]) < count:
-            moment = draw.uniform(0.0, whole) + (6.0 if sent < cold else 0.0)
+            moment = draw.uniform(0.0, tally.life) + (6.0 if sent < cold else 0.0)
             disturb(number, moment, sent < cold, tally, aim=draw.random() < 0.5)
         finish(tally)
     tally.counts["seconds"] = round(time.monotonic() - began)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import writers
 import yaml
 from conftest import Answer
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,8 @@ class Case(NamedTuple):
     adapter: Mapping[str, Any]
     stops: tuple[int, ...]
     train: Mapping[str, Any] = {}
+    other: Mapping[str, Mapping[str, Any]] = {}
+    """Keys of other sections."""
 
 
 TRAIN = {
@@ -43,13 +46,26 @@ OWN: Mapping[str, Mapping[str, Any]] = {"sora": {"sparsity": GATES}}
 """Settings that make something happen within a few steps."""
 STAGES = {**GATES, "schedule": "linear", "levels": 3, "dense": 0.4}
 KEEP = {"keep": 0.5, "compact": True}
+TARGETS = {"keep": 0.75, "bits": 24.0}
 LONG = {"steps": 28, "save_every": 7, "eval_every": 10}
+
+WRITING = {"name": "causal-lm", "max_length": 64}
+ANSWERS = {"model": {"name": "llama"}, "data": {"train": "answers.jsonl"}}
+"""A model that writes, and its rows; both are made for the cases that name them."""
 
 CASES = {
     **{name: Case({"variant": name, **OWN.get(name, {})}, (3, 6)) for name in variants.names()},
     "sora in each stage": Case({"variant": "sora", "sparsity": STAGES}, (3, 6, 9)),
+    "blora to targets": Case({"variant": "blora", "gates": TARGETS}, (7, 14, 21), LONG),
     "sora compacted": Case({"variant": "sora", "sparsity": KEEP}, (7, 14, 21), LONG),
     "patience pending": Case({"variant": "lora"}, (6,), {"patience": 2, "lr": 1e-9, "steps": 16}),
+    "over a base in 4 bits": Case(
+        {"variant": "lora"}, (6,), {"optimizer": "adamw8bit"}, {"model": {"quantize": "nf4"}}
+    ),
+    "answers, packed": Case(
+        {"variant": "lora"}, (3, 9), {}, {**ANSWERS, "task": {**WRITING, "packing": True}}
+    ),
+    "answers, apart": Case({"variant": "lora"}, (3,), {}, {**ANSWERS, "task": WRITING}),
     "steps of one batch": Case({"variant": "lora"}, (9,), {"accumulate": 1, "clip": None}),
 }
 
@@ -62,6 +78,12 @@ def train(recipe: Path, lorakit: Lorakit) -> Callable[[Case], Path]:
         given = yaml.safe_load(recipe.read_text())
         given["adapter"] = {"rank": 4, "dropout": 0.1, **case.adapter}
         given["train"] = {**TRAIN, **case.train}
+        for section, keys in case.other.items():
+            given[section] = {**given[section], **keys}
+        if case.other.get("model", {}).get("name") == "llama":
+            writers.llama(Path("llama"))
+            lines = [json.dumps(row) + "\n" for row in writers.rows(60)]
+            Path("answers.jsonl").write_text("".join(lines))
         recipe.write_text(yaml.safe_dump(given))
         answer = lorakit("train", recipe)
         assert answer.code == 0, answer.err

@@ -41,9 +41,8 @@ class DataSection(Section):
     split_seed: NonNegativeInt = 0
     """Of the split; not the run's seed: runs of several seeds are scored on the same rows."""
     text: str | tuple[str, str] | None = None
-    """Column of the text, or columns of a pair of texts; of the prompt or the chat, where the answer
-    is words; null: found by their names, like `text`, `sentence1` and `sentence2`, or `tokens`, and
-    said."""
+    """Column of the text, or columns of a pair of texts; null: found by their names, like `text`,
+    `sentence1` and `sentence2`, or `tokens`, and said."""
     label: str | None = None
     """Column of the label, of the labels, or of the completion; null: found by its name, like
     `label`, `score` or `completion`, and said."""

@@ -46,7 +46,8 @@ class TaskSection(Section):
     format: Literal["auto", "text", "prompt", "alpaca", "chat"] = "auto"
     """What rows of `causal-lm` and `seq2seq` are: texts; prompts with completions; Alpaca's
     `instruction`, `input` and `output`; chats, `messages` or ShareGPT's `conversations`, in the
-    words of the model's chat template; or auto: found from the columns, and said."""
+    words of the model's chat template; or auto: found from the columns, and said. Prompts, texts or
+    chats may be in any column that `data.text` names, completions in that of `data.label`."""
     template: str | None = None
     """The prompt that columns are put into, like `Q: {question} A:`; null: the prompt's column."""
     loss_on: LossOn = "completion"
