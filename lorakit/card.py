@@ -116,6 +116,8 @@ def merged_card(trained: Trained, merged: Merged) -> str:
         f"`{_base(trained)}` with the update of {merged.linears} linears added to its weights "
         f"in float32, stored in {merged.dtype}."
     )
+    if trained.base.quantize is not None:
+        lines.append(f"The weights are those that the base had in {trained.base.quantize} codes.")
     loader = _loader(trained).removeprefix("AutoPeft")
     code = [
         f"from transformers import Auto{loader}",

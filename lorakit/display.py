@@ -124,7 +124,7 @@ class Watch:
     def _numbers(self, row: Mapping[str, Any]) -> str:
         live = sum(row["ranks"].values())
         return (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.1e}  {row['samples_per_s']:.0f} rows/s  "
+            f"loss {row['loss']:.4f}  lr {row['lr']:.1e}  {_rate(row['samples_per_s'])} rows/s  "
             f"ranks {live}/{self.start_ranks}"
         ) + "".join(f"  {name} {_told(row[name])}" for name in row if name not in COMMON)
 
@@ -350,6 +350,10 @@ def _told(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{key}:{_told(inner)}" for key, inner in value.items())
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _rate(each_second: float) -> str:
+    return f"{each_second:.0f}" if each_second >= 10 else f"{each_second:.1f}"
 
 
 def _duration(seconds: float) -> str:

@@ -73,7 +73,7 @@ def read(folder: Path) -> PeftConfig:
 
 def _fault(key: str, complaints: list[Any]) -> str:
     """`r: 'x': expected a whole number`."""
-    first = complaints[0]
+    first, key = complaints[0], key if key.isprintable() else repr(key)
     if first["type"] in ("json_invalid", "missing"):
         return f"{key}: {first['msg']}" if key else str(first["msg"])
     given = f"{written(first['input'])}: expected {expected(complaints, '')}"

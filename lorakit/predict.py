@@ -15,7 +15,7 @@ from lorakit.data.encoding import longer, padding
 from lorakit.engine import Engine
 from lorakit.errors import DataError, LorakitError
 from lorakit.inputs import Asked, Input
-from lorakit.models import CLASSIFIER, Head
+from lorakit.models import CLASSIFIER, WRITERS, Head
 from lorakit.tasks import TaskSection, glue
 from lorakit.tasks.generation import complete, prompt_of
 from lorakit.trained import Trained, logits
@@ -273,6 +273,5 @@ SAYERS = {
     "regression": _number,
 }
 """What outputs mean, by what transformers calls the problem."""
-WRITERS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 READERS = {CLASSIFIER: _classified, "TOKEN_CLS": _tagged, **dict.fromkeys(WRITERS, _written)}
 """How a window of inputs is answered, by PEFT's word for the head."""

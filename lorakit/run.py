@@ -147,7 +147,8 @@ def told_to_stop() -> Iterator[list[int]]:
 
     with suppress(ValueError):  # not the main thread
         for each in (signal.SIGINT, signal.SIGTERM):
-            before[each] = signal.signal(each, take)
+            if signal.getsignal(each) is not signal.SIG_IGN:  # as in a shell's background
+                before[each] = signal.signal(each, take)
     try:
         yield caught
     finally:

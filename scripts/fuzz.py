@@ -130,7 +130,7 @@ def restructured(data: Any, draw: Draw) -> Any:
         elif kind == 4 and isinstance(inside[key], int | float):
             inside[key] = inside[key] * draw.choice((-1, 0.5, 2, 1000, 2**40)) + draw.choice((0, 1))
         else:
-            inside[key] = draw.choice(VALUES)
+            inside[key] = deepcopy(draw.choice(VALUES))
     return data
 
 

@@ -39,7 +39,32 @@ MODELS, LORA, DATA = "tests/test_models.py", "tests/variants/test_lora.py", "tes
 SOURCES, COLUMNS = "tests/test_sources.py", "tests/test_columns.py"
 CACHE, TASKS, GLUE = "tests/test_cache.py", "tests/test_own_tasks.py", "tests/test_glue.py"
 
+UNTRUSTED, FUZZ, DISK = "tests/test_untrusted.py", "tests/test_fuzz.py", "tests/test_disk.py"
+RESUME, DOCTOR = "tests/test_resume.py", "tests/test_doctor.py"
+LANGUAGE, FORMATS = "tests/test_language.py", "tests/test_formats.py"
+
 MUTANTS = [
+    Mutant("tasks/causal.py", "[] if eos in tokens[-1][-2:] else [eos]", "[]", "no end", LANGUAGE),
+    Mutant("tasks/causal.py", "learnt[0] = False", "pass", "the first is a target", LANGUAGE),
+    Mutant("tasks/language.py", "int(batch.labels.sum())", "len(batch.rows)", "rows", LANGUAGE),
+    Mutant(
+        "tasks/generation.py",
+        "longest, 0, left=not apart)",
+        "longest, 1, left=not apart)",
+        "padding is read",
+        LANGUAGE,
+    ),
+    Mutant("tasks/generation.py", "not text.startswith(", "text.startswith(", "bos", LANGUAGE),
+    Mutant(
+        "data/packing.py",
+        "np.arange(each[i])",
+        "np.arange(i, each[i] + i)",
+        "positions go on",
+        LANGUAGE,
+    ),
+    Mutant("data/packing.py", "(lengths[i], -1)", "(0, -1)", "a row overflows", LANGUAGE),
+    Mutant("data/dialogues.py", "or i == 0", "or i < 2", "one answer less", LANGUAGE),
+    Mutant("data/formats.py", 'if record.cells.get("input")', "if False", "no input", FORMATS),
     Mutant(
         "variants/sora.py",
         ".clamp_min(0.0)",
@@ -178,7 +203,34 @@ MUTANTS = [
         "the head stays behind",
         PEFT,
     ),
-    Mutant("peft_format.py", 'if config.get("use_rslora") else', "if False else", "rslora", PEFT),
+    Mutant("peft_format.py", "if config.use_rslora else", "if False else", "rslora", PEFT),
+    Mutant("peft_format.py", "elif len(a) != rank:", "elif False:", "r is believed", UNTRUSTED),
+    Mutant("peft_format.py", "not name.isprintable()", "False", "escapes get out", UNTRUSTED),
+    Mutant("peft_config.py", "Field(gt=0, lt=2**31)", "Field(gt=0)", "any rank", UNTRUSTED),
+    Mutant(
+        "models/__init__.py",
+        "trust_remote_code=False,  # left out,",
+        "#",
+        "a model's own code runs",
+        UNTRUSTED,
+    ),
+    Mutant("yamltext.py", "self.depth > DEEPEST", "False", "open brackets", FUZZ),
+    Mutant("packed.py", "ge=0, lt=2**31", "ge=0", "a shape of no tensor", FUZZ),
+    Mutant("disk.py", "if told else None", "if False else None", "Rust's words", DISK),
+    Mutant("journal.py", "except OSError as error:", "except KeyError as error:", "gone", DISK),
+    Mutant(
+        "checkpoint.py",
+        'trainee.controller.load_state_dict(parts["controller"])',
+        "pass",
+        "controller's state not restored",
+        RESUME,
+    ),
+    Mutant("checkpoint.py", 'if not parts["optimizer"]:', "if False:", "no moments", RESUME),
+    Mutant("doctor.py", "needed > free:", "False:", "room for all", DOCTOR),
+    Mutant("doctor.py", "torch.equal(before, _input", "bool(before is _input", "a probe", DOCTOR),
+    Mutant(
+        "environment.py", "for name in VARIABLES if", "for name in os.environ if", "secrets", DOCTOR
+    ),
     Mutant(
         "prune.py", "float(s) ** 2 / costs[name]", "float(s) / costs[name]", "not energy", PRUNE
     ),

@@ -10,7 +10,7 @@ set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null
 . scripts/venv.sh
 
-prepare_venv dev,quickstart
+prepare_venv dev,quickstart,lm-eval
 export HF_HUB_OFFLINE=1
 
 .venv/bin/ruff check .

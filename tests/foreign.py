@@ -14,7 +14,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 4,
+    "head_dim": 8,
     "vocab_size": 64,
     "max_position_embeddings": 64,
 }

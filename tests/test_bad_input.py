@@ -302,7 +302,8 @@ def locked() -> Iterator[Path]:
 
 DROP = """
 import os, sys
-from lorakit import cli, commands, shipped
+from lorakit import cli, shipped
+from lorakit.commands import recipes, training
 shipped.recipes()
 if os.geteuid() == 0:
     os.setgroups([])
@@ -380,7 +381,7 @@ def test_a_broken_adapter_config(
     refused: Callable[..., str], peft: Path, command: str, text: str
 ) -> None:
     (peft / "adapter_config.json").write_text(text)
-    assert refused(command, "adapter").startswith("adapter cannot be read as a PEFT adapter: ")
+    assert refused(command, "adapter").startswith("adapter/adapter_config.json: 1 fault\n")
 
 
 @pytest.mark.parametrize(
@@ -403,9 +404,11 @@ def test_an_adapter_that_is_no_plain_lora(
 
 def test_an_adapter_without_weights(refused: Callable[..., str], peft: Path) -> None:
     (peft / "adapter_model.safetensors").write_bytes(b"nothing")
-    assert refused("prune", "adapter").startswith("adapter cannot be read as a PEFT adapter: ")
+    said = refused("prune", "adapter")
+    assert said.startswith("adapter/adapter_model.safetensors cannot be read: ")
     (peft / "adapter_model.safetensors").unlink()
-    assert refused("prune", "adapter").startswith("adapter cannot be read as a PEFT adapter: ")
+    said = refused("prune", "adapter")
+    assert said == "adapter: there is no file adapter_model.safetensors."
 
 
 def test_an_adapter_on_a_base_of_other_widths(refused: Callable[..., str], peft: Path) -> None:
@@ -417,10 +420,11 @@ def test_an_adapter_on_a_base_of_other_widths(refused: Callable[..., str], peft:
 def test_a_broken_checkpoint(refused: Callable[..., str], run: Path) -> None:
     (run / "checkpoints" / "step-000002" / "state.json").write_text("{")
     said = refused("prune", "done", "--out", "new")
-    assert said.startswith("done/checkpoints/step-000002/state.json cannot be read: ")
+    assert said.startswith("done/checkpoints/step-000002 is not as it was written: 1 fault\n")
+    assert said.splitlines()[1].startswith("  state.json: 1 bytes, ")
     (run / "checkpoints" / "step-000001" / "adapter.safetensors").write_bytes(b"x")
     said = refused("prune", "done", "--checkpoint", "1", "--out", "new")
-    assert said.startswith("done/checkpoints/step-000001/adapter.safetensors cannot be read: ")
+    assert said.splitlines()[1].startswith("  adapter.safetensors: 1 bytes, ")
 
 
 # eval

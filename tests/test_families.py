@@ -84,7 +84,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         family, path = FAMILIES[name], root / name
         if not path.exists():
             torch.manual_seed(0)
-            special = {"pad_token_id": 0, "eos_token_id": 102, "bos_token_id": 101}
+            special = {"eos_token_id": 102, "bos_token_id": 101}
+            special |= {"pad_token_id": 0} if family.pads else {}
             config = transformers.AutoConfig.for_model(
                 family.kind, **family.sizes, **special, vocab_size=VOCABULARY
             )

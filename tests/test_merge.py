@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import Answer
 from foreign import DECODERS, adapter, causal, decoder, tokenizer
 from test_export import trained
@@ -131,6 +132,24 @@ def test_a_layer_that_quantises_its_activations_is_refused(
     assert "quantises more than its pair while it computes (" in answer.err
     assert "prune --packed" in answer.err
     assert not (run / "merged").exists()
+
+
+@pytest.mark.parametrize("codes", ["nf4", "int8"])
+def test_a_base_in_codes_becomes_dense(
+    recipe: Path, lorakit: Lorakit, tiny: Path, codes: str
+) -> None:
+    given = yaml.safe_load(recipe.read_text())
+    given["model"]["quantize"] = codes
+    recipe.write_text(yaml.safe_dump(given))
+    run = trained(recipe, lorakit, tiny)
+    assert told(lorakit, run)["dtype"] == "fp32"
+    merged = CLASSIFIER.from_pretrained(run / "merged").eval()
+    before = open_trained(run).model
+    rows = models.probe(before)
+    assert_close(logits(merged, rows), logits(before, rows), rtol=0, atol=1e-4)
+    assert not hasattr(merged.config, "quantization_config")
+    assert {type(m) for m in merged.modules() if "Linear" in type(m).__name__} == {torch.nn.Linear}
+    assert f"had in {codes} codes" in (run / "merged" / "README.md").read_text()
 
 
 BLORA: dict[str, Any] = {"variant": "blora"}

@@ -13,7 +13,7 @@ from lorakit.errors import RecipeError
 VARIANTS = ", ".join(variants.names())
 TEXT = """\
 model: {name: some/model}
-task: {name: classification, data_dir: d}
+task: {name: classification}
 data: {train: x.csv, label: topic}
 adapter: {variant: sora, rank: 8, sparsity: {lambda: 0.5}}
 train: {lr: 1e-2}
@@ -70,8 +70,8 @@ def fault(path: Path) -> Callable[..., str]:
         ("adapter.targets=[query, value]", ["query", "value"]),
         (r"adapter.targets=encoder\.layer\.[01]\..*", r"encoder\.layer\.[01]\..*"),
         ("data.deduplicate=false", False),
-        ("task.data_dir=null", None),
-        ("task.data_dir=data/glue", "data/glue"),
+        ("data.label=null", None),
+        ("data.validation=data/dev.csv", "data/dev.csv"),
         ("seed=3", 3),
         ("output_dir=a=b", "a=b"),
         ("output_dir=a: b", "a: b"),
@@ -103,7 +103,7 @@ def test_an_override_of_a_dumped_word_is_still_a_word(path: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("override", "default"),
-    [("~train.lr", 1e-3), ("~adapter.rank", 16), ("~data.label", "label")],
+    [("~train.lr", 1e-3), ("~adapter.rank", 16), ("~data.label", None)],
 )
 def test_a_tilde_puts_a_key_back_to_its_default(
     after: Callable[..., dict[str, Any]], override: str, default: object

@@ -8,12 +8,18 @@ from typing import Any
 
 import peft
 import pytest
+import tokenizers
 import torch
 import yaml
 from conftest import Answer
 from sklearn.metrics import accuracy_score, f1_score, root_mean_squared_error
 from torch.testing import assert_close
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 from transformers import BertForTokenClassification as TokenModel
 
 from lorakit import models, tasks
@@ -138,6 +144,22 @@ def test_each_words_first_piece_has_its_label_and_no_other_token(
     assert not any(pieces[i].startswith("##") for i in starts)
     assert all(WORDS[n].lower().startswith(pieces[i]) for n, i in enumerate(starts[:-1]))
     assert (batch.labels.tolist(), task.items(batch)) == ([8], 8)
+
+
+def bytes_of_pieces() -> Any:
+    """A tokenizer of GPT-2's kind, to which a blank belongs to the word behind it."""
+    kind = tokenizers.Tokenizer(tokenizers.models.BPE())
+    kind.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<pad>"], show_progress=False)
+    kind.train_from_iterator([" ".join(WORDS)] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=kind, pad_token="<pad>")
+
+
+def test_words_have_the_ids_of_running_text(tmp_path: Path, tokenizer: Any) -> None:
+    for each in (tokenizer, bytes_of_pieces()):
+        found = tagged(tmp_path, each).encoded("train").columns["input_ids"]
+        whole = [each(" ".join([*WORDS, str(i)]))["input_ids"] for i in range(8)]
+        assert all(row.tolist() in whole for row in found)
 
 
 def test_words_behind_the_longest_length_are_not_asked_for_and_counted(

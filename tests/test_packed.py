@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from lorakit import export, models, packed, run
+from lorakit import export, manifest, models, packed, run
 from lorakit import recipe as recipes
 from lorakit.adapter import Plan, VariantConfig
 from lorakit.codes import BITS, Coded, CodedPair, Grid, Grids, coded_base, coded_update, top
@@ -370,6 +370,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny: Path, reviews: Path) ->
             if key.endswith("_logits"):
                 tensors[key] = 3 * torch.randn_like(value) + 2
         save_file(tensors, step / "adapter.safetensors")
+        manifest.write(step)
     return folder
 
 

@@ -46,7 +46,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {"sora": {"sparsity": GATES}}
 """Settings that make something happen within a few steps."""
 STAGES = {**GATES, "schedule": "linear", "levels": 3, "dense": 0.4}
 KEEP = {"keep": 0.5, "compact": True}
-TARGETS = {"keep": 0.75, "bits": 24.0}
+TARGETS = {"keep": 0.75, "bits": 30.0}
 LONG = {"steps": 28, "save_every": 7, "eval_every": 10}
 
 WRITING = {"name": "causal-lm", "max_length": 64}

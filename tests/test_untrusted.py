@@ -265,12 +265,33 @@ def test_a_run_s_pointer_does_not_lead_out_of_it(run: Path, refused: Callable[..
     assert "no checkpoint here" in refused("prune", run, "--out", "out")
 
 
-def test_a_terminal_is_not_written_to_by_a_name(adapter: Path, refused: Callable[..., str]) -> None:
+ESCAPE = "\x1b[2J"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias": ESCAPE},
+        {"peft_type": ESCAPE},
+        {"r": ESCAPE},
+        {"rank_pattern": {ESCAPE: "x"}},
+        {"rank_pattern": {f"({ESCAPE}": 1}},
+        {"modules_to_save": {ESCAPE: 1}},
+    ],
+)
+def test_a_terminal_is_not_written_to_by_a_setting(adapter: Path, changes: dict[str, Any]) -> None:
+    edit(adapter, **changes)
+    with pytest.raises(FolderError) as caught:
+        peft_format.read(adapter)
+    assert str(caught.value).replace("\n", "").isprintable()
+
+
+def test_a_terminal_is_not_written_to_by_a_name(adapter: Path) -> None:
     tensors = load_file(adapter / WEIGHTS)
-    save_file({**tensors, "\x1b[2Jx.lora_A.weight": torch.ones(1, 1)}, adapter / WEIGHTS)
-    assert "\x1b" not in refused("prune", adapter, "--out", "out")
-    edit(adapter, **{"\x1b[2J": 1}, bias="\x1b[2J", task_type="\x1b[2J")
-    assert "\x1b" not in refused("prune", adapter, "--out", "out")
+    save_file({**tensors, f"{ESCAPE}x.lora_A.weight": torch.ones(1, 1)}, adapter / WEIGHTS)
+    with pytest.raises(FolderError, match="no name of a module") as caught:
+        peft_format.read(adapter)
+    assert str(caught.value).replace("\n", "").isprintable()
 
 
 # nothing is believed: settings

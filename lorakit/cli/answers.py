@@ -178,7 +178,7 @@ def predict(
 
       lorakit predict runs/quickstart "Shares of the chip maker rose."
 
-      lorakit predict runs/quickstart/pruned --file articles.csv --out topics.csv
+      lorakit predict runs/quickstart --file articles.csv --out topics.csv
 
       lorakit predict runs/rte "It rained all day." --pair "The day was dry."
 

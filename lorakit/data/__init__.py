@@ -135,7 +135,8 @@ def read(section: DataSection, kind: Kind) -> Splits[Rows]:
     labels = section.labels or in_order(found)
     kind.check(train, labels, source.where, True)
     if valid is None:
-        train, valid = split(train, section.held_out, section.split_seed, kind.by_label)
+        strata = train.labels if kind.by_label else None
+        train, valid = split(train, section.held_out, section.split_seed, strata)
     else:
         kind.check(valid, labels, f"data.{VALIDATION}", False)
     return Splits({"train": train, VALIDATION: valid}, labels, tuple(notes))

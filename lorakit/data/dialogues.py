@@ -11,6 +11,7 @@ import numpy as np
 from lorakit.data import DataSection, Source, Splits, sources
 from lorakit.data.formats import ASSISTANT, Format, Layout, Turn, Wanted, layout, turns
 from lorakit.data.rows import Items, Stored
+from lorakit.data.splitting import split
 from lorakit.errors import DataError
 
 
@@ -53,7 +54,7 @@ def read(section: DataSection, wanted: Wanted) -> Splits[Dialogues]:
         train, said = _without_duplicates(train, valid)
         notes += said
     if valid is None:
-        train, valid = _split(train, section.held_out, section.split_seed)
+        train, valid = split(train, section.held_out, section.split_seed)
     return Splits({"train": train, "validation": valid}, (), tuple(notes))
 
 
@@ -111,19 +112,6 @@ def _digests(rows: Dialogues) -> Iterable[bytes]:
     """16 bytes for each row, the same for equal rows alone."""
     for said in rows.said:
         yield blake2b(repr(said).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def _split(rows: Dialogues, share: float, seed: int) -> tuple[Dialogues, Dialogues]:
-    """(train, validation): `share` of the rows, at least one, is held out."""
-    import torch
-
-    count = len(rows.said)
-    if count < 2:
-        raise DataError("data.train: of a single row none can be held out; give data.validation.")
-    draw = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=draw).tolist()
-    held = min(max(1, round(share * count)), count - 1)
-    return rows.take(sorted(order[held:])), rows.take(sorted(order[:held]))
 
 
 def spans(said: Sequence[Sequence[str]], form: Format, tokenizer: Any) -> list[Span]:

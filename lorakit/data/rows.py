@@ -6,7 +6,7 @@ import marshal
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from tempfile import SpooledTemporaryFile
-from typing import Any, NamedTuple, Self, TypeVar, overload
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,17 @@ def as_bytes(item: Any) -> bytes:
     value. JSON took ten times as long.
     """
     return marshal.dumps(item, 0)
+
+
+class AnyRows(Protocol):
+    """Rows of whatever kind."""
+
+    @property
+    def places(self) -> Sequence[str]:
+        """Where each row stands, for messages."""
+
+    def take(self, indices: Iterable[int]) -> Self:
+        """The rows at `indices`, in that order."""
 
 
 class Rows(NamedTuple):

@@ -6,12 +6,15 @@ from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.rows import Rows
+from lorakit.data.rows import AnyRows, Rows
 from lorakit.errors import DataError
+
+R = TypeVar("R", bound=AnyRows)
 
 Digests = NDArray[np.bytes_]
 
@@ -46,9 +49,9 @@ def without_duplicates(rows: Rows, scored: Rows | None = None) -> tuple[Rows, li
     return rows.take(kept), notes
 
 
-def split(rows: Rows, share: float, seed: int, by_label: bool = True) -> tuple[Rows, Rows]:
-    """(train, validation): `share` of the rows, at least one, is held out; with `by_label`, of the
-    rows of each label.
+def split(rows: R, share: float, seed: int, labels: Sequence[str] | None = None) -> tuple[R, R]:
+    """(train, validation): `share` of the rows, at least one, is held out; with `labels`, a row
+    each, of the rows of each label.
 
     Raises:
         DataError: none would be left to train on, or none of a label.
@@ -57,8 +60,8 @@ def split(rows: Rows, share: float, seed: int, by_label: bool = True) -> tuple[R
     import torch
 
     draw = torch.Generator().manual_seed(seed)
-    held, rare = np.zeros(len(rows.texts), dtype=bool), []
-    for label, members in sorted(_strata(rows.labels if by_label else [""] * len(held)).items()):
+    held, rare = np.zeros(len(rows.places), dtype=bool), []
+    for label, members in sorted(_strata(labels or [""] * len(held)).items()):
         order = torch.randperm(len(members), generator=draw).numpy()
         chosen = order[: max(1, round(share * len(members)))]
         held[np.asarray(members)[chosen]] = True
@@ -68,7 +71,7 @@ def split(rows: Rows, share: float, seed: int, by_label: bool = True) -> tuple[R
         raise DataError(
             f"data.train: too few rows to hold some out of each label: {', '.join(rare)} "
             "would have none left to train on."
-            if by_label
+            if labels
             else f"data.train: of {len(held):,} rows {share:g} cannot be held out; none would be "
             "left to train on."
         )

@@ -52,8 +52,6 @@ CLASSIFIER = "SEQ_CLS"
 """PEFT's word for a model with a classification head."""
 WRITERS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 """PEFT's words for models that write text with a layer of their own."""
-LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-"""Its words for models that write text."""
 _CLASSES = {
     CLASSIFIER: "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -300,7 +298,7 @@ def _attention(head: Head) -> str | None:
     and a step of a language model took 2.5 GiB with them, 1.7 without (SmolLM2-135M in nf4,
     4 x 512 tokens, activations computed again).
     """
-    short = head.kind not in LANGUAGE and not torch.accelerator.is_available()
+    short = head.kind not in WRITERS and not torch.accelerator.is_available()
     return "eager" if short else None
 
 

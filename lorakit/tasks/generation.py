@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ def continued(
     return texts
 
 
-def begins(tokenizer: Any) -> Any:
+def begins(tokenizer: Any) -> Callable[[str], list[int]]:
     """A function of a text: the token that the tokenizer begins it with, unless it stands there.
 
     So a chat whose template writes the token has it once, as all other texts.
@@ -135,7 +135,7 @@ def _words(text: str) -> list[str]:
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:
-    """Length of the longest common subsequence; time and the rows of the table: len x len."""
+    """Length of the longest common subsequence, row by row of its table."""
     row = [0] * (len(other) + 1)
     for word in one:
         above = row

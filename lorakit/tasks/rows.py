@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import nn
 
 from lorakit.data import Splits
 from lorakit.data.batching import Batch, Encoded, steps
+from lorakit.data.rows import AnyRows
 from lorakit.errors import DataError, nearest
 
 SAMPLE_SEED = 42
 """Draws the rows of `sample`, whatever the run's seed: runs are scored on the same rows."""
-
-
-class AnyRows(Protocol):
-    """Rows of whatever kind."""
-
-    @property
-    def places(self) -> Sequence[str]:
-        """Where each row stands, for messages."""
-
-    def take(self, indices: Iterable[int]) -> Self:
-        """The rows at `indices`, in that order."""
-
 
 R = TypeVar("R", bound=AnyRows)
 

@@ -1,4 +1,8 @@
-"""A label for each word: its first piece is asked, and names of spans are scored as CoNLL does."""
+"""A label for each word: its first piece is asked, and names of spans are scored as CoNLL does.
+
+Words behind the first begin with a blank, as in running text: to models like RoBERTa a word without
+one is the rest of another.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,7 @@ class TokenTask(RowTask[Rows]):
         numbers = {label: i for i, label in enumerate(self.splits.labels)}
 
         def chunk(words: Sequence[Sequence[str]], tags: Sequence[Sequence[str]]) -> Chunk:
-            texts = [list(each) for each in words]
+            texts = [[first, *(f" {word}" for word in more)] for first, *more in words]
             settings = {"is_split_into_words": True, "truncation": True}
             encoded = self.tokenizer(texts, **settings, max_length=self.max_length)
             columns = dict(encoded)

@@ -267,7 +267,7 @@ class BLoRALinear(Adapter):
 
 def ranks_left(layers: Iterable[BLoRALinear], keep: float, fresh: bool = False) -> Tally:
     """Of `keep`: the ranks whose E does not round to 0; with `fresh`, as at the start, all."""
-    alive = [layer.E != 0 if fresh else layer.alive() for layer in layers]
+    alive = [torch.ones_like(x.E) if fresh else x.alive() for x in layers]
     free = sum(float(own[0]) for own in alive)
     return Tally(stacked([own[1:].double() for own in alive]), free, keep * sum(map(len, alive)))
 
