@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from lorakit import checkpoint, models, packed, peft_format, variants
@@ -265,14 +266,34 @@ def _from_packed(folder: Path, precision: Precision, other_base: str | None) -> 
     )
 
 
+class _Card(BaseModel):
+    """What is read of lorakit.json; it holds more."""
+
+    labels: list[str]
+    scores: dict[str, float]
+    step: int | None
+    precision: str | None
+    bytes: tuple[int, int]
+    start: dict[str, int]
+    ranks: dict[str, int]
+    multiple: bool = False
+    form: str = "plain"
+    bytes_by_form: dict[str, int] = {}
+
+
 def _card(folder: Path) -> dict[str, Any] | None:
     """lorakit.json of a pruned folder, null where there is none."""
     path = folder / CARD
     if not path.is_file():
         return None
     try:
-        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        text = path.read_bytes()
+        _Card.model_validate_json(text)
+        card: dict[str, Any] = json.loads(text)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors()]
+        raise FolderError(several(f"{path} cannot be read", faults)) from None
+    except (OSError, ValueError) as error:
         raise FolderError(f"{path} cannot be read: {error}.") from error
     return card
 

@@ -30,7 +30,7 @@ import torch
 import yaml
 from safetensors.torch import load, save
 
-from lorakit import checkpoint, manifest, packed, peft_format
+from lorakit import checkpoint, manifest, packed, peft_format, trained
 from lorakit import recipe as recipes
 from lorakit.adapter import Factors
 from lorakit.codes import Coded, CodedPair, Grid, Grids
@@ -256,6 +256,15 @@ def targets(folder: Path) -> list[Target]:
         ),
     ]
     manifest.write(state)
+    card = folder / "lorakit.json"
+    found.append(
+        Target(
+            "lorakit.json",
+            (json.dumps(CARD).encode(),),
+            as_json,
+            fed(card, lambda: trained._card(folder)),
+        )
+    )
     found.append(
         Target(
             "manifest.json",
@@ -352,6 +361,16 @@ STATE = {
     "plans": {"encoder.query": [4, 1.0]},
     "scores": {"accuracy": 50.0},
     "precision": "fp32",
+}
+CARD = {
+    "labels": ["bad", "good"],
+    "scores": {"accuracy": 50.0},
+    "step": 3,
+    "precision": "fp32",
+    "bytes": [100, 50],
+    "start": {"encoder.query": 4},
+    "ranks": {"encoder.query": 2},
+    "form": "plain",
 }
 OVERRIDES = (
     b"train.lr=3e-4",

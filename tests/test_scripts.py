@@ -152,7 +152,7 @@ def test_a_second_quickstart_trains_into_a_folder_of_its_own(checkout: Path) -> 
 
 def test_the_first_step_that_fails_ends_the_tests(checkout: Path) -> None:
     steps = dict.fromkeys(("ruff", "lint_imports", "pytest"), 'echo "$(basename "$0") $@"')
-    with_venv(checkout, "dev,quickstart", **steps, mypy="echo mypy; exit 1")
+    with_venv(checkout, "dev,quickstart,lm-eval", **steps, mypy="echo mypy; exit 1")
     script = checkout / "scripts" / "test.sh"
     failed = subprocess.run([script, "-k", "a b"], cwd="/", capture_output=True, text=True)
     program(checkout / ".venv" / "bin" / "mypy", "echo mypy")

@@ -366,6 +366,30 @@ def test_all_faults_of_the_settings_are_told_together(adapter: Path) -> None:
         peft_format.read(adapter)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda card: card.pop("labels"), "labels: Field required"),
+        (lambda card: card.update(labels="bad"), "labels: Input should be a valid list"),
+        (lambda card: card.update(scores=[1]), "scores: Input should be a valid dictionary"),
+        (lambda card: card.update(bytes=[1]), "bytes.1: Field required"),
+        (lambda card: card.update(start={"x": None}), "start.x: Input should be a valid integer"),
+    ],
+)
+def test_a_provenance_that_cannot_be_is_refused_by_file_and_key(
+    adapter: Path,
+    refused: Callable[..., str],
+    change: Callable[[dict[str, Any]], Any],
+    said: str,
+) -> None:
+    card = json.loads((adapter / "lorakit.json").read_text())
+    change(card)
+    (adapter / "lorakit.json").write_text(json.dumps(card))
+    told = refused("eval", adapter)
+    assert told.startswith("adapter/lorakit.json cannot be read: 1 fault")
+    assert said in told
+
+
 def test_keys_of_other_versions_are_taken(adapter: Path) -> None:
     edit(adapter, peft_version="9.9", corda_config=None, use_something_new=False)
     assert peft_format.read(adapter).pairs
