@@ -350,9 +350,9 @@ class BayesianGates(Controller[BLoRALinear, BLoRAConfig]):
         for closing in self.closings.values():  # of ranks, then of the bits of those that live
             closing.close(ctx.step)
         for layer in self.layers.values():
-            if ctx.step == self.dense:
+            if layer.phase == Phase.DENSE and ctx.step >= self.dense:  # or later, if it was skipped
                 layer.calibrate()
-            if ctx.step == self.gated:
+            if layer.phase == Phase.GATED and ctx.step >= self.gated:
                 layer.phase.fill_(Phase.FROZEN)
         opened = self._opened()
         if not torch.equal(opened, self.opened):
