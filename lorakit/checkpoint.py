@@ -37,6 +37,7 @@ from lorakit.disk import remove, whole_folder, write_text
 from lorakit.errors import FolderError, nearest, several
 from lorakit.models import CLASSIFIER, Head
 from lorakit.optim import load_state_tensors, state_tensors
+from lorakit.schema import misfits
 from lorakit.train import Progress, Trainee
 
 FORMAT = 2
@@ -237,8 +238,7 @@ def _typed(kind: type[T], given: Mapping[str, Any], path: Path) -> T:
     try:
         return TypeAdapter(kind).validate_python(given)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors()]
-        raise FolderError(several(f"{path} cannot be read", faults)) from None
+        raise FolderError(several(f"{path} cannot be read", misfits(error))) from None
 
 
 def load_weights(

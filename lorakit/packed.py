@@ -32,7 +32,7 @@ from torch import Tensor
 from lorakit.codes import BITS, FLOAT, Coded, CodedPair, Grid, Grids, pack, unpack
 from lorakit.errors import FolderError, several
 from lorakit.models import CLASSIFIER
-from lorakit.schema import Section
+from lorakit.schema import Section, misfits
 
 HEADER, WEIGHTS, FORMAT = "packed.json", "packed.safetensors", 1
 
@@ -254,11 +254,7 @@ def _header(text: bytes) -> Header:
     try:
         return Header.model_validate_json(text)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        ]
-        raise ValueError(several(HEADER, lines)) from None
+        raise ValueError(several(HEADER, misfits(error))) from None
 
 
 def _tensor_faults(header: Header, tensors: Mapping[str, Tensor]) -> list[str]:

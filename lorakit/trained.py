@@ -20,6 +20,7 @@ from lorakit.inject import Layers, inject
 from lorakit.models import Head, ModelSection, Precision
 from lorakit.packed import PackedAdapter
 from lorakit.prune import Pairs, plain
+from lorakit.schema import misfits
 from lorakit.sections import Recipe
 
 CARD = "lorakit.json"
@@ -291,8 +292,7 @@ def _card(folder: Path) -> dict[str, Any] | None:
         _Card.model_validate_json(text)
         card: dict[str, Any] = json.loads(text)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors()]
-        raise FolderError(several(f"{path} cannot be read", faults)) from None
+        raise FolderError(several(f"{path} cannot be read", misfits(error))) from None
     except (OSError, ValueError) as error:
         raise FolderError(f"{path} cannot be read: {error}.") from error
     return card

@@ -124,11 +124,12 @@ def test_all_linears_are_adapted_but_head_and_output_layer(
     assert not any(site.startswith((*family.head, "lm_head")) for site in adapted)
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_adapter_and_the_head_get_a_gradient_under_a_bfloat16_base(
-    published: Callable[[str], Path], name: str
+def test_every_adapter_gets_a_gradient_under_a_bfloat16_base_quantised_or_not(
+    published: Callable[[str], Path], name: str, quantize: str | None
 ) -> None:
-    base = loaded(published(name), precision="bf16")
+    base = loaded(published(name), precision="bf16", quantize=quantize)
     config = LoRAConfig(variant="lora", rank=2)
     whole = trained_whole(base.model, base.head, ())
     plans = plan(config, sites(base.model, config, whole))
@@ -138,7 +139,7 @@ def test_every_adapter_and_the_head_get_a_gradient_under_a_bfloat16_base(
     out.square().sum().backward()
     assert all(layer.B.grad.abs().max() > 0 for layer in layers.values())
     frozen = {p.dtype for p in base.model.parameters() if not p.requires_grad}
-    assert frozen == {torch.bfloat16}
+    assert frozen == {torch.bfloat16, *([torch.uint8] if quantize else [])}
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT sees Conv1D itself

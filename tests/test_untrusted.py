@@ -370,8 +370,8 @@ def test_all_faults_of_the_settings_are_told_together(adapter: Path) -> None:
     ("change", "said"),
     [
         (lambda card: card.pop("labels"), "labels: Field required"),
-        (lambda card: card.update(labels="bad"), "labels: Input should be a valid list"),
-        (lambda card: card.update(scores=[1]), "scores: Input should be a valid dictionary"),
+        (lambda card: card.update(labels="bad"), "labels: Input should be a valid array"),
+        (lambda card: card.update(scores=[1]), "scores: Input should be an object"),
         (lambda card: card.update(bytes=[1]), "bytes.1: Field required"),
         (lambda card: card.update(start={"x": None}), "start.x: Input should be a valid integer"),
     ],
