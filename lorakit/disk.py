@@ -1,12 +1,15 @@
 """Writing so that a reader sees a whole file or folder, or none; and one writer at a time."""
 
+import atexit
 import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 
 from lorakit.errors import FolderError, LorakitError
 
@@ -58,6 +61,25 @@ def write_text(path: Path, text: str) -> None:
     """Writes or replaces a small file in one stroke."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def cache_root() -> Path:
+    """Where stands what can be made again: $LORAKIT_CACHE, or ~/.cache/lorakit; a folder for this
+    process alone where that cannot be written to. Nothing breaks if it is deleted.
+    """
+    path = Path(os.environ.get("LORAKIT_CACHE") or "~/.cache/lorakit").expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return _own_cache()
+    return path if os.access(path, os.W_OK | os.X_OK) else _own_cache()
+
+
+@cache
+def _own_cache() -> Path:
+    folder = mkdtemp(prefix="lorakit-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def remove(folder: Path) -> None:

@@ -111,7 +111,8 @@ def check_fit(trained: Trained, task: Task, name: str) -> None:
     """Raises DataError where the head was trained for other labels than the task's."""
     ours, theirs = trained.head.labels, task.head().labels
     unnamed = all(label == f"LABEL_{i}" for i, label in enumerate(ours))
-    if len(ours) != len(theirs) or not (unnamed or ours == theirs):
+    same = ours == theirs and trained.head.multiple == task.head().multiple
+    if len(ours) != len(theirs) or not (unnamed or same):
         noun = "label" if len(ours) == 1 else "labels"
         raise DataError(
             f"{trained.path} was trained for {len(ours)} {noun} ({', '.join(ours)}); "

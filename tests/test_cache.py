@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from lorakit.data import cache, encoding, rows
+from lorakit.data import encoding, rows
 from lorakit.data.cache import Chunk, entry
 from lorakit.data.encoding import encode, fingerprint
 from lorakit.data.rows import Rows, Stored
+from lorakit.disk import cache_root
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +204,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "file" / "cache"))
     assert encoded(tokenizer, "one two").lengths.tolist() == [4]
-    assert not str(cache.root()).startswith(str(tmp_path))
+    assert not str(cache_root()).startswith(str(tmp_path))
 
 
 # what is said

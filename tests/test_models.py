@@ -291,7 +291,7 @@ def test_a_gguf_file_is_unpacked_once_to_the_very_numbers_in_it(
 ) -> None:
     import gguf
 
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     file = gguf_file(tmp_path / "tiny.gguf")
     base = load(file)
     assert base.head == ("score",)
@@ -315,7 +315,7 @@ def test_a_gguf_file_is_unpacked_once_to_the_very_numbers_in_it(
 def test_a_gguf_file_that_is_none_or_not_there_is_said_to_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ModelError, match=r"there is no such file"):
         load(tmp_path / "none.gguf")
     (tmp_path / "broken.gguf").write_bytes(b"GGML and so on")

@@ -4,30 +4,27 @@
     CACHE/rows/KEY/COLUMN.i32       the numbers of all rows, one row behind the other
     CACHE/rows/KEY/lengths.npy      how many of them are each row's
 
-CACHE is $LORAKIT_CACHE, or ~/.cache/lorakit; nothing breaks if it is deleted. Rows are read from
-the file when a batch asks for them, not mapped: resident memory does not grow with their number,
-but for 8 bytes a row.
+CACHE is `disk.cache_root`. Rows are read from the file when a batch asks for them, not mapped:
+resident memory does not grow with their number, but for 8 bytes a row.
 """
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from hashlib import file_digest
 from pathlib import Path
-from tempfile import TemporaryDirectory, mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.disk import whole_folder
+from lorakit.disk import cache_root, whole_folder
 
 HEADER, LENGTHS, FORMAT = "header.json", "lengths.npy", 1
 NUMBER = np.dtype("<i4")
@@ -83,16 +80,6 @@ class Ragged(Sequence[Numbers]):
             os.close(self._file)
 
 
-def root() -> Path:
-    """The folder of the cache; a temporary one where that cannot be written to."""
-    path = Path(os.environ.get("LORAKIT_CACHE") or "~/.cache/lorakit").expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return _temporary()
-    return path if os.access(path, os.W_OK | os.X_OK) else _temporary()
-
-
 def entry(key: str | None, make: Callable[[], Iterator[Chunk]]) -> Entry:
     """The rows of `key`, as an earlier run left them if they are whole; else those of `make`.
 
@@ -103,10 +90,10 @@ def entry(key: str | None, make: Callable[[], Iterator[Chunk]]) -> Entry:
 
     """
     if key is None:
-        with TemporaryDirectory(dir=root()) as name:  # what is open outlives it
+        with TemporaryDirectory(dir=cache_root()) as name:  # what is open outlives it
             _write(Path(name), make())
             return _open(Path(name), reused=False)
-    folder = root() / "rows" / key
+    folder = cache_root() / "rows" / key
     with _alone(folder):
         if _is_whole(folder):
             return _open(folder, reused=True)
@@ -170,10 +157,3 @@ def _alone(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # a file system without locks: then two do the same work
             fcntl.lockf(file, fcntl.LOCK_EX, 1, int(folder.name[:8], 16))
         yield
-
-
-@cache
-def _temporary() -> Path:
-    folder = mkdtemp(prefix="lorakit-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)

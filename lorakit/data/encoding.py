@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.data.batching import Encoded
-from lorakit.data.cache import FORMAT, Chunk, Entry, entry, root
+from lorakit.data.cache import FORMAT, Chunk, Entry, entry
 from lorakit.data.rows import Rows, Stored, as_bytes
+from lorakit.disk import cache_root
 
 CHUNK = 1_000
 """Rows that the tokenizer gets together; it spreads them over its own threads."""
@@ -63,7 +64,7 @@ def tokenized(
     if found.cut:
         notes.append(f"{found.cut:,} of {rows} are longer than {settings[-1]} tokens and are cut")
     if found.reused:
-        notes.append(f"{rows}: tokens reused from {root()} ({perf_counter() - start:.2f} s)")
+        notes.append(f"{rows}: tokens reused from {cache_root()} ({perf_counter() - start:.2f} s)")
     return found, tuple(notes)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.cache import root
+from lorakit.disk import cache_root
 
 T = TypeVar("T")
 IN_MEMORY = 2**26
@@ -127,7 +127,7 @@ class _Bytes:
     """Byte strings by number."""
 
     def __init__(self) -> None:
-        self._file = SpooledTemporaryFile(IN_MEMORY, dir=str(root()))  # noqa: SIM115 closed by __del__
+        self._file = SpooledTemporaryFile(IN_MEMORY, dir=str(cache_root()))  # noqa: SIM115 closed by __del__
         self._ends = array("q", [0])
 
     def append(self, item: bytes) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lorakit.disk import whole_folder
+from lorakit.disk import cache_root, whole_folder
 from lorakit.errors import ModelError
 from lorakit.models.refusals import first_line
 
@@ -14,7 +14,7 @@ ENDING = ".gguf"
 
 
 def unpacked(name: str, path: Path) -> Path:
-    """The folder in the cache of Hugging Face that a GGUF file is unpacked to, in float32, once.
+    """The folder in lorakit's cache that a GGUF file is unpacked to, in float32, once.
 
     transformers reads a file's vocabulary three times over in Python: half a minute for one of
     49,000 tokens. A folder loads in a second and is mapped into memory, not copied.
@@ -24,13 +24,12 @@ def unpacked(name: str, path: Path) -> Path:
 
     """
     import transformers
-    from huggingface_hub.constants import HF_HOME
 
     if not path.is_file():
         raise ModelError(f"model.name: {name!r}: there is no such file.")
     facts = path.resolve(), path.stat().st_size, path.stat().st_mtime_ns
     key = sha256(repr(facts).encode()).hexdigest()[:16]
-    folder = Path(HF_HOME) / "lorakit" / f"{path.stem}-{key}"
+    folder = cache_root() / "models" / f"{path.stem}-{key}"
     if folder.exists():
         return folder
     if find_spec("gguf") is None:
