@@ -21,7 +21,7 @@ from lorakit import predict
 from lorakit.cli import main
 from lorakit.inputs import Input
 from lorakit.predict import Counts, Settings
-from lorakit.trained import open_trained
+from lorakit.trained import logits, open_trained
 
 Lorakit = Callable[..., Answer]
 TEXTS = ["a warm and funny film", "dull and empty", "so so " * 40, "bleak"]
@@ -259,19 +259,34 @@ def test_of_several_labels_all_that_are_likely_are_answered(
     )
 
 
-def test_every_word_gets_a_tag(tiny: Path, lorakit: Lorakit, tmp_path: Path) -> None:
+def test_every_word_gets_the_tag_of_its_first_token(
+    tiny: Path, lorakit: Lorakit, tmp_path: Path
+) -> None:
+    long = ["unbelievable", "internationalization", "counterrevolutionaries", "misunderstandings"]
+    tags = ("O", "B-X", "I-X")
     rows = [
-        {"tokens": ["the", "unbelievable", str(i)], "tags": ["O", "B-X", "O"]} for i in range(24)
+        {
+            "tokens": [long[i % 4], "film", str(i)],
+            "tags": [tags[i % 3], tags[i % 2], tags[i % 5 % 3]],
+        }
+        for i in range(24)
     ]
     found = made(tmp_path, tiny, "token-classification", rows)
-    long = "unbelievable " * 30
-    spoken, cut = told(lorakit, found, "the unbelievable  film", long)["predictions"]
-    assert len(spoken["prediction"]) == 3
-    assert set(spoken["prediction"]) <= {"O", "B-X"}
-    assert 0 < len(cut["prediction"]) < 24
-    (tmp_path / "in.jsonl").write_text(json.dumps({"tokens": ["the", "unbelievable", "film"]}))
+    (tmp_path / "in.jsonl").write_text(json.dumps({"tokens": long}))
     (row,) = told(lorakit, found, "--file", tmp_path / "in.jsonl")["predictions"]
-    assert row["prediction"] == spoken["prediction"]
+    opened = open_trained(found)
+    encoded = opened.tokenizer([long], is_split_into_words=True, return_tensors="pt")
+    guesses = logits(opened.model, dict(encoded))[0].argmax(dim=-1)
+    said = [opened.head.labels[guess] for guess in guesses]
+    tokens: dict[int, list[str]] = {}
+    for word, tag in zip(encoded.word_ids(), said, strict=True):
+        tokens.setdefault(-1 if word is None else word, []).append(tag)
+    assert row["prediction"] == [tokens[word][0] for word in range(4)]
+    assert row["prediction"] != [tokens[word][-1] for word in range(4)], "or this tells nothing"
+
+    typed, cut = told(lorakit, found, " ".join(long), "film " * 30)["predictions"]
+    assert typed["prediction"] == row["prediction"]
+    assert 0 < len(cut["prediction"]) < 24
 
 
 def test_a_language_model_goes_on_as_peft_s_does(lorakit: Lorakit, tmp_path: Path) -> None:
