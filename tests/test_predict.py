@@ -169,6 +169,9 @@ def test_lines_come_from_a_text_file_or_standard_input(
     from_file = told(lorakit, run, "--file", tmp_path / "in.txt")
     assert [row["text"] for row in from_file["predictions"]] == ["a warm film", "bleak"]
     assert from_file["notes"] == ["1 of 3 inputs are empty and were left out"]
+    (tmp_path / "tab.txt").write_text("a warm\tfilm\n")
+    (row,) = told(lorakit, run, "--file", tmp_path / "tab.txt")["predictions"]
+    assert row["text"] == "a warm\tfilm", "this model knows no pairs"
     for arguments in (("-",), ("--file", "-")):
         monkeypatch.setattr("sys.stdin", io.StringIO("a warm film\n\nbleak\n"))
         assert told(lorakit, run, *arguments) == from_file
