@@ -42,7 +42,7 @@ def _faults(folder: Path) -> list[str]:
         return [fault for name, facts in files.items() if (fault := _fault(folder / name, facts))]
     except FileNotFoundError:
         return [f"{NAME}: missing"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return [f"{NAME}: cannot be read: {error}"]
 
 

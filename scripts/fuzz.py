@@ -127,8 +127,8 @@ def restructured(data: Any, draw: Draw) -> Any:
             inside[key] = at(data, other)
         elif kind == 3:
             inside[key] = deep(draw.choice((3, 50)))
-        elif kind == 4 and isinstance(inside[key], int | float):
-            inside[key] = inside[key] * draw.choice((-1, 0.5, 2, 1000, 2**40)) + draw.choice((0, 1))
+        elif kind == 4 and isinstance(inside[key], int):
+            inside[key] = inside[key] * draw.choice((-1, 2, 1000, 2**40)) + draw.choice((0, 1))
         else:
             inside[key] = deepcopy(draw.choice(VALUES))
     return data

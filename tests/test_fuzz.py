@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorakit import checkpoint, packed, peft_format
+from lorakit import checkpoint, manifest, packed, peft_format
 from lorakit import recipe as recipes
 from lorakit.data.sources import records
 from lorakit.errors import DataError, FolderError, LorakitError, RecipeError
@@ -40,6 +40,8 @@ def within(seconds: float) -> Iterator[None]:
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
+    except FUZZ["TooSlowError"]:
+        pytest.fail(f"takes longer than {seconds:g} s", pytrace=False)
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
@@ -112,6 +114,22 @@ def test_a_parquet_file_of_types_that_its_reader_does_not_know(tmp_path: Path) -
         (tmp_path / "x.parquet").write_bytes(target.change(seed, draw))
         with pytest.raises(DataError, match=r"x\.parquet"):
             list(records(str(tmp_path / "x.parquet"), "data.train"))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize("start", ['{"text": "a", "label": "b", "x": ', '{"data": '])
+def test_rows_that_are_nested_deeper_than_python_reads(
+    tmp_path: Path, name: str, start: str
+) -> None:
+    (tmp_path / name).write_text(start + "[" * 5000 + "]" * 5000 + "}")
+    with pytest.raises(DataError, match="nested too deep"):
+        list(records(str(tmp_path / name), "data.train"))
+
+
+def test_a_manifest_that_is_nested_deeper_than_python_reads(tmp_path: Path) -> None:
+    (tmp_path / manifest.NAME).write_text("[" * 5000 + "]" * 5000)
+    with pytest.raises(FolderError, match=r"manifest\.json: cannot be read"):
+        manifest.verify(tmp_path)
 
 
 @pytest.mark.parametrize(

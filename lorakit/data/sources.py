@@ -196,6 +196,8 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
                     cells = json.loads(content, object_pairs_hook=_once)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path} line {line}: not JSON: {error.msg}.") from None
+                except RecursionError:
+                    raise DataError(f"{path} line {line}: nested too deep.") from None
                 except _TwiceError as error:
                     raise DataError(f"{path} line {line}: {error}") from None
                 if not isinstance(cells, dict):
@@ -209,6 +211,8 @@ def _json(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
         found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise DataError(f"{path} line {error.lineno}: not JSON: {error.msg}.") from None
+    except RecursionError:
+        raise DataError(f"{path}: nested too deep.") from None
     except _TwiceError as error:
         raise DataError(f"{path}: {error}") from None
     items = found.get("data") if isinstance(found, dict) else found
