@@ -30,12 +30,18 @@ class Document(NamedTuple):
     faults: list[str]
 
 
-class _Limited(yaml.composer.Composer):
+class _Limited(yaml.scanner.Scanner, yaml.composer.Composer):
     """Stops within a document that is too deep or too long, not behind it: each bracket that is
     open costs time with every word that follows.
     """
 
     depth = values = 0
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        """Raises RecursionError below the deepest level: of brackets that are read ahead, too."""
+        if self.flow_level >= DEEPEST:
+            raise RecursionError
+        super().fetch_flow_collection_start(token)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Raises RecursionError below the deepest level, MarkedYAMLError behind the last value."""
