@@ -54,16 +54,17 @@ ANSWERS = {"model": {"name": "llama"}, "data": {"train": "answers.jsonl"}}
 """A model that writes, and its rows; both are made for the cases that name them."""
 
 CASES = {
-    **{name: Case({"variant": name, **OWN.get(name, {})}, (3, 6)) for name in variants.names()},
+    **{name: Case({"variant": name, **OWN.get(name, {})}, (3,)) for name in variants.names()},
+    "at an epoch's end": Case({"variant": "sora", "sparsity": GATES}, (6,)),
     "sora in each stage": Case({"variant": "sora", "sparsity": STAGES}, (3, 6, 9)),
-    "blora to targets": Case({"variant": "blora", "gates": TARGETS}, (7, 14, 21), LONG),
-    "sora compacted": Case({"variant": "sora", "sparsity": KEEP}, (7, 14, 21), LONG),
+    "blora to targets": Case({"variant": "blora", "gates": TARGETS}, (14,), LONG),
+    "sora compacted": Case({"variant": "sora", "sparsity": KEEP}, (14, 21), LONG),
     "patience pending": Case({"variant": "lora"}, (6,), {"patience": 2, "lr": 1e-9, "steps": 16}),
     "over a base in 4 bits": Case(
         {"variant": "lora"}, (6,), {"optimizer": "adamw8bit"}, {"model": {"quantize": "nf4"}}
     ),
     "answers, packed": Case(
-        {"variant": "lora"}, (3, 9), {}, {**ANSWERS, "task": {**WRITING, "packing": True}}
+        {"variant": "lora"}, (3,), {}, {**ANSWERS, "task": {**WRITING, "packing": True}}
     ),
     "answers, apart": Case({"variant": "lora"}, (3,), {}, {**ANSWERS, "task": WRITING}),
     "steps of one batch": Case({"variant": "lora"}, (9,), {"accumulate": 1, "clip": None}),
