@@ -1,25 +1,17 @@
-"""A run's folder: what training leaves on disk, and how it comes back.
+"""One checkpoint: a folder that is whole in itself, written and read.
 
-    runs/NAME/
-        recipe.yaml              as resolved; enough to build the run again
-        environment.json         versions, commit, hardware
-        metrics.jsonl            one object a line: step, loss, norm, lr, ranks; or step and scores
-        checkpoints/
-            step-000500/         whole in itself: may be copied away and pruned elsewhere
-                recipe.yaml
-                adapter.safetensors    LAYER.PARAMETER; nothing of the base
-                head.safetensors       the modules trained whole
-                state.safetensors      optimizer, controller, random state: to resume
-                state.json             progress, labels, versions
-                manifest.json          sizes and SHA-256 of the other files
-            best, last           text files: which step that is
+    recipe.yaml
+    adapter.safetensors    LAYER.PARAMETER; nothing of the base
+    head.safetensors       the modules trained whole
+    state.safetensors      optimizer, controller, random state: to resume
+    state.json             progress, labels, versions
+    manifest.json          sizes and SHA-256 of the other files
 
-Written under a temporary name, fsynced, then renamed. A checkpoint that is not as it was written is
-refused. No pickle: tensors are safetensors, the rest is JSON.
+One that is not as it was written is refused. No pickle: tensors are safetensors, the rest is JSON.
 """
 
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,9 +25,9 @@ from torch import Tensor, nn
 
 from lorakit import __version__, manifest
 from lorakit.adapter import Adapter
-from lorakit.disk import remove, whole_folder, write_text
-from lorakit.errors import FolderError, nearest, several
-from lorakit.models import CLASSIFIER, Head
+from lorakit.disk import whole_folder
+from lorakit.errors import FolderError, several
+from lorakit.models.heads import CLASSIFIER, Head
 from lorakit.optim import load_state_tensors, state_tensors
 from lorakit.schema import misfits
 from lorakit.train import Progress, Trainee
@@ -69,145 +61,24 @@ class Meta(NamedTuple):
         return Head(self.labels, self.kind, self.multiple)
 
 
-def name_of(step: int) -> str:
-    """Padded, so that names sort by time."""
-    return f"step-{step:06d}"
-
-
-def save(run: Path, trainee: Trainee, whole: Mapping[str, nn.Module], meta: Meta) -> Path:
-    """Writes the checkpoint of `trainee.progress.step` and points `last` (and `best`) to it."""
-    name, checkpoints = name_of(meta.step), run / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
-    folder = checkpoints / name
-    if not folder.exists():
-        with whole_folder(folder) as temporary:
-            _write(_adapter_tensors(trainee.layers), temporary / "adapter.safetensors")
-            _write(_whole_tensors(whole), temporary / "head.safetensors")
-            _write(_state_tensors(trainee), temporary / "state.safetensors")
-            state = {"lorakit": __version__, **meta._asdict()}
-            (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-            recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
-            (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
-            manifest.write(temporary)
-    write_text(checkpoints / "last", name + "\n")
-    best = trainee.progress.best_step
-    if best is None:
-        (checkpoints / "best").unlink(missing_ok=True)
-    else:
-        write_text(checkpoints / "best", name_of(best) + "\n")
-    return folder
-
-
-def keep_newest(run: Path, count: int, spared: Container[int]) -> None:
-    """Removes all checkpoints but the newest, the best, and those of the steps `spared`."""
-    steps = _steps(run)
-    best = run / "checkpoints" / "best"
-    named = best.read_text().strip() if best.is_file() else None
-    for folder in steps[:-count]:
-        if folder.name != named and _step_of(folder) not in spared:
-            remove(folder)
-
-
-def find(path: Path, which: str | None = None) -> Path:
-    """The checkpoint folder that `path`, a run or a checkpoint, means; it is as it was written.
-
-    `which` is `best`, `last` or a step; null means best, else last.
-
-    Raises:
-        FolderError: there is none, and what is there; or it was changed, and which others are
-            whole.
-
-    """
-    found = _named(path, which)
-    try:
-        verify(found)
-    except FolderError as error:
-        others = (folder for folder in _steps(found.parent.parent) if folder != found)
-        whole = [str(_step_of(folder)) for folder in others if _is_whole(folder)]
-        hint = f"\n  Whole are: {', '.join(whole)}; choose by --checkpoint." if whole else ""
-        raise FolderError(f"{error}{hint}") from None
-    return found
-
-
-def newest(run: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """The last checkpoint that is as it was written, and what is to be said of later ones.
-
-    Those are put out of the way, under a name that begins with `broken-`: the run will come to
-    their steps again.
-
-    Raises:
-        FolderError: there are checkpoints, and none is whole.
-
-    """
-    steps, said = _steps(run), []
-    for folder in reversed(steps):
-        try:
-            verify(folder)
-        except FolderError as error:
-            said.append(str(error))
-            continue
-        for broken in steps[steps.index(folder) + 1 :]:
-            broken.rename(broken.with_name(f"broken-{broken.name}"))
-        return folder, tuple(said)
-    if said:
-        raise FolderError(several(f"{run} has no whole checkpoint", said))
-    return None, ()
+def write(
+    folder: Path, trainee: Trainee, whole: Mapping[str, nn.Module], meta: Meta, recipe: str
+) -> None:
+    """Makes the folder; `recipe` is the text of the run's own."""
+    with whole_folder(folder) as temporary:
+        _write(_adapter_tensors(trainee.layers), temporary / "adapter.safetensors")
+        _write(_whole_tensors(whole), temporary / "head.safetensors")
+        _write(_state_tensors(trainee), temporary / "state.safetensors")
+        state = {"lorakit": __version__, **meta._asdict()}
+        (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        manifest.write(temporary)
 
 
 def verify(folder: Path) -> None:
     """Raises FolderError, naming the files, where a checkpoint is not as it was written."""
     if (folder / manifest.NAME).exists() or meta(folder).format > 1:
         manifest.verify(folder)
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        verify(folder)
-    except FolderError:
-        return False
-    return True
-
-
-def _named(path: Path, which: str | None) -> Path:
-    """The checkpoint folder that `path` and `which` mean."""
-    if (path / "state.json").is_file():
-        if which is not None:
-            raise FolderError(f"{path} is a checkpoint already; --checkpoint chooses within a run.")
-        return path
-    folder = path / "checkpoints"
-    if not folder.is_dir():
-        raise FolderError(f"{path} is no run and no checkpoint{_what_is(path)}.")
-    names = [which] if which in ("best", "last") else ["best", "last"] if which is None else []
-    steps = [p.name for p in _steps(path)]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / _pointed_to(folder / name, steps)
-    if which is not None and which.isdecimal() and name_of(int(which)) in steps:
-        return folder / name_of(int(which))
-    known = [str(int(s.removeprefix("step-"))) for s in steps]
-    wanted = f"no checkpoint {which!r}" if which else "no checkpoint"
-    here = ", ".join(known) or "none"
-    raise FolderError(f"{path} has {wanted}.{nearest(which or '', known)} Steps here: {here}.")
-
-
-def _pointed_to(pointer: Path, steps: Sequence[str]) -> str:
-    name = pointer.read_bytes().decode(errors="replace").strip()
-    if name not in steps:
-        raise FolderError(
-            f"{pointer} names {name[:40]!r}, no checkpoint here; choose by --checkpoint among: "
-            f"{', '.join(str(int(s.removeprefix('step-'))) for s in steps) or 'none'}."
-        )
-    return name
-
-
-def _steps(run: Path) -> list[Path]:
-    """All checkpoints of a run, in the order of their steps."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted((path for path in found if path.name[5:].isdecimal()), key=_step_of)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
 
 
 def meta(folder: Path) -> Meta:
@@ -357,7 +228,3 @@ def _read(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise FolderError(f"{path} cannot be read: {error}.") from error
     return tensors
-
-
-def _what_is(path: Path) -> str:
-    return "" if path.exists() else ": there is nothing of that name"

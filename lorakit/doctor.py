@@ -19,6 +19,7 @@ from lorakit.display import size
 from lorakit.engine import Engine
 from lorakit.environment import PACKAGES, environment
 from lorakit.errors import FolderError, LorakitError, RecipeError
+from lorakit.models.heads import Head
 from lorakit.prepare import Prepared, prepare
 from lorakit.sections import Recipe
 
@@ -166,7 +167,7 @@ def _causes(recipe: Recipe, error: LorakitError) -> list[Check]:
     """Rows and model each alone, so that one fault does not hide the other; else `error`."""
     causes: tuple[tuple[str, Callable[[], object]], ...] = (
         ("rows", lambda: tasks.build(recipe.task, recipe.data)),
-        ("model", lambda: models.load(recipe.model, models.Head(), recipe.seed)),
+        ("model", lambda: models.load(recipe.model, Head(), recipe.seed)),
     )
     found = []
     for name, look in causes:

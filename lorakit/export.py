@@ -16,10 +16,11 @@ from lorakit.card import Pruned, card, provenance
 from lorakit.codes import CodedPair
 from lorakit.disk import refuse_existing, whole_file, whole_folder
 from lorakit.errors import LorakitError, NotCodedError, NotLowRankError
+from lorakit.fitting import with_codes, with_pairs
 from lorakit.packed import PackedAdapter
 from lorakit.peft_format import PeftAdapter
 from lorakit.prune import Pairs, Selection, check, cut, padded, plain
-from lorakit.trained import CARD, Trained, logits, with_codes, with_pairs
+from lorakit.trained import CARD, Trained, logits
 
 Layout = Literal["pattern", "uniform"]
 TOLERANCE = 1e-4

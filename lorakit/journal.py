@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from lorakit import checkpoint, models
+from lorakit import models, run_folder
 from lorakit.checkpoint import Meta
 from lorakit.disk import sync
 from lorakit.errors import FolderError
@@ -94,11 +94,11 @@ class Journal:
         )
         with self._rows() as path:
             sync(path)  # all that comes before the checkpoint
-        checkpoint.save(self.folder, trainee, prepared.whole_modules(), meta)
+        run_folder.save(self.folder, trainee, prepared.whole_modules(), meta)
         if prepared.recipe.train.keep_last is not None:
             lengths = (stage.steps for stage in trainee.controller.stages())
             ends = set(accumulate(lengths))
-            checkpoint.keep_newest(self.folder, prepared.recipe.train.keep_last, ends)
+            run_folder.keep_newest(self.folder, prepared.recipe.train.keep_last, ends)
 
     @contextmanager
     def _rows(self) -> Iterator[Path]:

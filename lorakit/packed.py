@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lorakit.codes import BITS, FLOAT, Coded, CodedPair, Grid, Grids, pack, unpack
 from lorakit.errors import FolderError, several
-from lorakit.models import CLASSIFIER
+from lorakit.models.heads import CLASSIFIER
 from lorakit.schema import Section, misfits
 
 HEADER, WEIGHTS, FORMAT = "packed.json", "packed.safetensors", 1
@@ -137,7 +137,7 @@ class PackedAdapter(NamedTuple):
     base_model: str
     revision: str | None
     labels: tuple[str, ...]
-    """Of the head, as `models.Head` has them, and so the next two."""
+    """Of the head, as `Head` has them, and so the next two."""
     task_type: str | None = CLASSIFIER
     multiple: bool = False
 

@@ -15,7 +15,7 @@ from lorakit.data.encoding import longer, padding
 from lorakit.engine import Engine
 from lorakit.errors import DataError, LorakitError
 from lorakit.inputs import Asked, Input
-from lorakit.models import CLASSIFIER, WRITERS, Head
+from lorakit.models.heads import CLASSIFIER, WRITERS, Head
 from lorakit.tasks import TaskSection, glue
 from lorakit.tasks.generation import complete, prompt_of
 from lorakit.trained import Trained, logits

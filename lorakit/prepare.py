@@ -15,6 +15,7 @@ from lorakit.data.batching import steps_in_epoch
 from lorakit.errors import FolderError, ModelError, NotLowRankError, RecipeError, nearest, several
 from lorakit.inject import Layers, inject, plan, sites, trained_whole
 from lorakit.memory import Estimate, estimate
+from lorakit.models.heads import Head
 from lorakit.sections import Recipe
 from lorakit.timetable import Timetable
 from lorakit.trained import pairs_at, ranks_at
@@ -82,7 +83,7 @@ def prepare(recipe: Recipe, processes: int = 1) -> Prepared:
 
 
 def _with_weights(
-    plans: Mapping[str, Plan], recipe: Recipe, head: models.Head, base: models.Base
+    plans: Mapping[str, Plan], recipe: Recipe, head: Head, base: models.Base
 ) -> dict[str, Plan]:
     """The plans with the weights of `adapter.source` for their start, if there is one."""
     source = recipe.adapter.weights_from

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lorakit import checkpoint, optim, variants
+from lorakit import checkpoint, optim, run_folder, variants
 from lorakit import recipe as recipes
 from lorakit.adapter import Controller
 from lorakit.disk import locked, refuse_existing, sweep, whole_folder, write_text
@@ -80,8 +80,9 @@ def _begun(
     say = screen.note if engine.is_main else _unheard
     for note in prepared.notes:
         say(note)
-    last, broken = checkpoint.newest(folder) if resume else (None, ())
-    for fault in broken:
+    last, broken = run_folder.newest(folder) if resume else (None, ())
+    engine.wait()  # all have looked before one puts in order
+    for fault in broken if engine.is_main else ():
         screen.warn(f"{fault}\n  It was put aside; an older checkpoint is taken.")
     if last is not None:
         _refuse_other(prepared.recipe, last)
@@ -113,17 +114,17 @@ def _finish(
             train(trainee, prepared.task, section, timetable, prepared.recipe.seed, engine, journal)
         except NotFiniteError as error:
             raise NotFiniteError(f"{error}{_way_back(folder)}") from None
-    if signals and not finished(trainee.progress, section, timetable):
+    if not finished(trainee.progress, section, timetable):  # the signal may be another process's
         raise Stopped(
             f"stopped at step {trainee.progress.step:,} of {timetable.steps:,}, which is saved; "
             f"go on with: lorakit train {folder} --resume",
-            signals[0],
+            signals[0] if signals else signal.SIGTERM,
         )
 
 
 def _way_back(folder: Path) -> str:
     """The last good checkpoint, for a message."""
-    last, _ = checkpoint.newest(folder)
+    last, _ = run_folder.newest(folder)
     return f"\n  The last good checkpoint is {last}." if last else ""
 
 
@@ -226,6 +227,8 @@ def _go_on(folder: Path, last: Path | None, trainee: Trainee, engine: Engine) ->
         checkpoint.load_state(last, trainee)
     if not engine.is_main:
         return
+    if last is not None:
+        run_folder.put_aside(folder, behind=last)
     for place in (folder, folder / "checkpoints"):
         sweep(place)
     path = folder / "metrics.jsonl"
@@ -252,7 +255,7 @@ def _step_of(line: str) -> float:
 
 
 def _outcome(folder: Path, prepared: Prepared, trainee: Trainee) -> Outcome:
-    chosen = checkpoint.meta(checkpoint.find(folder))
+    chosen = checkpoint.meta(run_folder.find(folder))
     live, warnings = sum(layer.rank() for layer in trainee.layers.values()), []
     if not live:
         warnings.append("every rank has died: the adapter does nothing; push less, or train longer")

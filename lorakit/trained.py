@@ -1,30 +1,44 @@
 """A finished adapter, back in its base model: from a run, a checkpoint, a PEFT or packed folder."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
-from lorakit import checkpoint, models, packed, peft_format, variants
+from lorakit import checkpoint, models, packed, peft_format, run_folder, variants
 from lorakit import recipe as recipes
-from lorakit.adapter import Adapter, Plan, VariantConfig
-from lorakit.base import is_linear, widths
+from lorakit.adapter import Plan
 from lorakit.errors import FolderError, several
-from lorakit.finished import PackedLinear, PlainLinear
+from lorakit.fitting import with_codes, with_pairs
 from lorakit.inject import Layers, inject
-from lorakit.models import Head, ModelSection, Precision
-from lorakit.packed import PackedAdapter
+from lorakit.models import ModelSection, Precision
+from lorakit.models.heads import CLASSIFIER, Head
 from lorakit.prune import Pairs, plain
 from lorakit.schema import misfits
 from lorakit.sections import Recipe
 
 CARD = "lorakit.json"
 """What a pruned folder says of where it came from."""
+
+
+class Card(BaseModel):
+    """What is read of lorakit.json; it holds more."""
+
+    labels: list[str]
+    scores: dict[str, float]
+    step: int | None
+    precision: str | None
+    bytes: tuple[int, int]
+    """Of the weight files, before and after pruning, head included."""
+    start: dict[str, int]
+    ranks: dict[str, int]
+    multiple: bool = False
+    form: str = "plain"
+    bytes_by_form: dict[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Trained:
     step: int | None = None
     precision: str | None = None
     """What the base was stored in when `scores` were taken."""
-    card: Mapping[str, Any] | None = None
+    card: Card | None = None
     """lorakit.json of a pruned folder."""
 
 
@@ -65,15 +79,15 @@ def open_trained(
         ModelError: the base model cannot be loaded.
 
     """
-    for known, kind, opened in (
-        (peft_format.is_adapter, "PEFT", _from_peft),
-        (packed.is_packed, "packed", _from_packed),
+    for known, kind, read in (
+        (peft_format.is_adapter, "PEFT", _in_peft),
+        (packed.is_packed, "packed", _in_packed),
     ):
         if known(path):
             if which is not None:
                 raise FolderError(f"{path} is a {kind} folder; --checkpoint chooses within a run.")
-            return opened(path, precision, base)
-    return _from_checkpoint(checkpoint.find(path, which), precision, base)
+            return _from_folder(path, read, precision, base)
+    return _from_checkpoint(run_folder.find(path, which), precision, base)
 
 
 def pairs_at(path: Path) -> tuple[Pairs, dict[str, dict[str, Tensor]]]:
@@ -90,97 +104,6 @@ def ranks_at(path: Path) -> dict[str, int]:
     if peft_format.is_adapter(path):
         return {name: pair.rank for name, pair in peft_format.read(path).pairs.items()}
     return {name: layer.rank() for name, layer in open_trained(path).layers.items()}
-
-
-def with_pairs(
-    base: models.Base, pairs: Pairs, whole: Mapping[str, Mapping[str, Tensor]], origin: Path
-) -> Layers:
-    """Puts plain pairs and whole modules into a fresh base model, in place.
-
-    Raises:
-        FolderError: a name or a shape is not the base model's; all such are listed.
-
-    """
-    shapes = {name: (len(pair.B), pair.A.shape[1]) for name, pair in pairs.items()}
-    _refuse_misfits(base, shapes, whole, origin)
-    plans = {name: Plan(pair.rank, 1.0, pair) for name, pair in pairs.items() if pair.rank}
-    return _injected(base, plans, PlainLinear, whole, origin)
-
-
-def with_codes(base: models.Base, adapter: PackedAdapter, origin: Path) -> Layers:
-    """Puts coded pairs and whole modules into a fresh base model, in place.
-
-    Raises:
-        FolderError: a name or a shape is not the base model's; all such are listed.
-
-    """
-    pairs = adapter.pairs
-    shapes = {name: (len(pair.B.codes), pair.A.codes.shape[1]) for name, pair in pairs.items()}
-    _refuse_misfits(base, shapes, adapter.whole, origin)
-    plans = {name: Plan(adapter.start[name], pair.scale) for name, pair in pairs.items()}
-    by_linear = {base.model.get_submodule(name): pair for name, pair in pairs.items()}
-
-    def layer(linear: nn.Module, config: VariantConfig, plan: Plan) -> Adapter:
-        return PackedLinear(linear, config, plan, by_linear[linear])
-
-    return _injected(base, plans, layer, adapter.whole, origin)
-
-
-def _refuse_misfits(
-    base: models.Base,
-    shapes: Mapping[str, tuple[int, int]],
-    whole: Mapping[str, Mapping[str, Tensor]],
-    origin: Path,
-) -> None:
-    """Raises FolderError with each name and shape (m, n) that is not the base model's."""
-    modules = dict(base.model.named_modules())
-    faults = [
-        f"{name}: no such module in the base" for name in (*shapes, *whole) if name not in modules
-    ]
-    for name in [name for name in shapes if name in modules]:
-        if not is_linear(modules[name]):
-            faults.append(f"{name}: no linear in the base")
-        elif (found := widths(modules[name])[::-1]) != (given := shapes[name]):
-            faults.append(
-                f"{name}: the pair is {given[0]} x {given[1]}, the base {found[0]} x {found[1]}"
-            )
-    for name in [name for name in whole if name in modules]:
-        own, saved = modules[name].state_dict(), whole[name]
-        faults += [
-            f"{name}.{key}: {tuple(saved[key].shape)} on disk, {tuple(own[key].shape)} in the model"
-            for key in sorted(own.keys() & saved.keys())
-            if own[key].shape != saved[key].shape
-        ]
-    if faults:
-        raise FolderError(several(f"{origin} does not fit the base model", faults))
-
-
-def _injected(
-    base: models.Base,
-    plans: Mapping[str, Plan],
-    layer: Callable[[nn.Module, Any, Plan], Adapter],
-    whole: Mapping[str, Mapping[str, Tensor]],
-    origin: Path,
-) -> Layers:
-    for name, state in whole.items():
-        own = base.model.get_submodule(name).state_dict()
-        named = {f"{name}.{key}": value for key, value in state.items()}
-        checkpoint.copy_into({f"{name}.{key}": p for key, p in own.items()}, named, origin)
-    config = VariantConfig(variant="plain")
-    return inject(base.model, plans, layer, config, tuple(whole), tuple(whole))
-
-
-def newest_run(folder: Path) -> Path:
-    """The run under `folder` that was written to last.
-
-    Raises:
-        FolderError: there is none.
-
-    """
-    runs = [p.parent for p in folder.glob("*/checkpoints") if (p / "last").is_file()]
-    if not runs:
-        raise FolderError(f"no run under {folder}/ yet; name a run, a checkpoint or a PEFT folder.")
-    return max(runs, key=lambda run: (run / "checkpoints" / "last").stat().st_mtime_ns)
 
 
 def _from_checkpoint(folder: Path, precision: Precision, other_base: str | None) -> Trained:
@@ -211,91 +134,88 @@ def _from_checkpoint(folder: Path, precision: Precision, other_base: str | None)
     )
 
 
-def _from_peft(folder: Path, precision: Precision, other_base: str | None) -> Trained:
+class Finished(NamedTuple):
+    """What a PEFT or a packed folder holds, before there is a model to put it into."""
+
+    base: ModelSection
+    """As the folder itself names it."""
+    head: Head
+    put: Callable[[models.Base], Layers]
+    """Puts it into a model fresh from disk."""
+    whole: Iterable[str]
+    start: Mapping[str, int]
+    size: int
+
+
+def _in_peft(folder: Path, card: Card | None) -> Finished:
     adapter = peft_format.read(folder)
+    labels = tuple(card.labels) if card else _labels(adapter)
+    return Finished(
+        base=ModelSection(name=adapter.base_model),
+        head=Head(labels, adapter.task_type, card.multiple if card else False),
+        put=lambda base: with_pairs(base, adapter.pairs, adapter.whole, folder),
+        whole=adapter.whole,
+        start={name: pair.rank for name, pair in adapter.pairs.items()},
+        size=peft_format.size(folder),
+    )
+
+
+def _in_packed(folder: Path, card: Card | None) -> Finished:
+    adapter = packed.read(folder)
+    return Finished(
+        base=ModelSection(name=adapter.base_model, revision=adapter.revision),
+        head=Head(adapter.labels, adapter.task_type, adapter.multiple),
+        put=lambda base: with_codes(base, adapter, folder),
+        whole=adapter.whole,
+        start=adapter.start,
+        size=packed.size(folder),
+    )
+
+
+def _from_folder(
+    folder: Path,
+    read: Callable[[Path, Card | None], Finished],
+    precision: Precision,
+    other_base: str | None,
+) -> Trained:
     card = _card(folder)
+    found = read(folder, card)
     recipe = recipes.restore(folder) if (folder / "recipe.yaml").is_file() else None
-    named = recipe.model if recipe else ModelSection(name=adapter.base_model)
+    named = recipe.model if recipe else found.base
     if not named.name and other_base is None:
         raise FolderError(f"{folder} names no base model; give --base.")
     section = _section(named, precision, other_base)
-    multiple = bool(card and card.get("multiple"))
-    head = Head(tuple(card["labels"]) if card else _labels(adapter), adapter.task_type, multiple)
-    base = models.load(section, head, seed=0)
-    layers = with_pairs(base, adapter.pairs, adapter.whole, folder)
+    base = models.load(section, found.head, seed=0)
+    layers = found.put(base)
     return Trained(
         path=folder,
         model=base.model.eval(),
         tokenizer=base.tokenizer,
         layers=layers,
-        whole={name: base.model.get_submodule(name) for name in adapter.whole},
-        head=head,
+        whole={name: base.model.get_submodule(name) for name in found.whole},
+        head=found.head,
         base=section,
         recipe=recipe,
-        start={name: pair.rank for name, pair in adapter.pairs.items()},
-        size=peft_format.size(folder),
-        scores=card["scores"] if card else {},
-        step=card["step"] if card else None,
-        precision=card["precision"] if card else None,
+        start=found.start,
+        size=found.size,
+        scores=card.scores if card else {},
+        step=card.step if card else None,
+        precision=card.precision if card else None,
         card=card,
     )
 
 
-def _from_packed(folder: Path, precision: Precision, other_base: str | None) -> Trained:
-    adapter, card = packed.read(folder), _card(folder)
-    recipe = recipes.restore(folder) if (folder / "recipe.yaml").is_file() else None
-    alone = ModelSection(name=adapter.base_model, revision=adapter.revision)
-    section = _section(recipe.model if recipe else alone, precision, other_base)
-    head = Head(adapter.labels, adapter.task_type, adapter.multiple)
-    base = models.load(section, head, seed=0)
-    layers = with_codes(base, adapter, folder)
-    return Trained(
-        path=folder,
-        model=base.model.eval(),
-        tokenizer=base.tokenizer,
-        layers=layers,
-        whole={name: base.model.get_submodule(name) for name in adapter.whole},
-        head=head,
-        base=section,
-        recipe=recipe,
-        start=adapter.start,
-        size=packed.size(folder),
-        scores=card["scores"] if card else {},
-        step=card["step"] if card else None,
-        precision=card["precision"] if card else None,
-        card=card,
-    )
-
-
-class _Card(BaseModel):
-    """What is read of lorakit.json; it holds more."""
-
-    labels: list[str]
-    scores: dict[str, float]
-    step: int | None
-    precision: str | None
-    bytes: tuple[int, int]
-    start: dict[str, int]
-    ranks: dict[str, int]
-    multiple: bool = False
-    form: str = "plain"
-    bytes_by_form: dict[str, int] = {}
-
-
-def _card(folder: Path) -> dict[str, Any] | None:
+def _card(folder: Path) -> Card | None:
     """lorakit.json of a pruned folder, null where there is none."""
     path = folder / CARD
     if not path.is_file():
         return None
     try:
-        text = path.read_bytes()
-        _Card.model_validate_json(text)
-        card: dict[str, Any] = json.loads(text)
+        return Card.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise FolderError(several(f"{path} cannot be read", misfits(error))) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise FolderError(f"{path} cannot be read: {error}.") from error
-    return card
 
 
 def _section(section: ModelSection, precision: Precision, other: str | None) -> ModelSection:
@@ -307,7 +227,7 @@ def _labels(adapter: peft_format.PeftAdapter) -> tuple[str, ...]:
     """LABEL_0, LABEL_1, … as many as the saved head has outputs: its narrowest matrix."""
     matrices = [t for state in adapter.whole.values() for t in state.values() if t.ndim == 2]
     outputs = min((len(t) for t in matrices), default=0)
-    labelled = adapter.task_type in (models.CLASSIFIER, "TOKEN_CLS")
+    labelled = adapter.task_type in (CLASSIFIER, "TOKEN_CLS")
     return tuple(f"LABEL_{i}" for i in range(outputs)) if labelled else ()
 
 

@@ -39,7 +39,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from lorakit import checkpoint
+from lorakit import checkpoint, run_folder
 from lorakit.cli import main as lorakit
 from lorakit.errors import LorakitError
 from lorakit.models import resolve
@@ -123,7 +123,7 @@ def _become(arguments: list[str]) -> None:
         code = end.code if isinstance(end.code, int) else 1
     except KeyboardInterrupt:
         code = 130
-    except BaseException:
+    except Exception:
         import traceback
 
         traceback.print_exc()
@@ -224,7 +224,7 @@ def compare(tally: Tally) -> None:
 def differences(run: Path, other: Path) -> list[str]:
     """Tensors, pointers and rows in which two finished runs differ."""
     found = []
-    one, two = checkpoint.find(run, "last"), checkpoint.find(other, "last")
+    one, two = run_folder.find(run, "last"), run_folder.find(other, "last")
     for part in ("adapter", "head", "state"):
         mine, theirs = (load_file(path / f"{part}.safetensors") for path in (one, two))
         if mine.keys() != theirs.keys():

@@ -170,30 +170,30 @@ MUTANTS = [
     Mutant("train.py", "if controller.settled():", "if True:", "best while ranks move", TRAIN),
     Mutant("train.py", "if isfinite(loss) and isfinite(norm):", "if True:", "nan goes on", TRAIN),
     Mutant(
-        "train.py", "seed, start=progress.step", "seed, start=0", "resume repeats the rows", LAWS
+        "train.py", "seed, start=progress.step", "seed, start=0", "resume repeats the rows", RESUME
     ),
     Mutant(
         "checkpoint.py",
         'torch.set_rng_state(parts["random"].pop("cpu"))',
         'parts["random"].pop("cpu")',
         "random state lost",
-        LAWS,
+        RESUME,
     ),
     Mutant(
         "checkpoint.py",
         'load_state_tensors(trainee.model, trainee.optimizer, parts["optimizer"])',
         "pass",
         "moments lost",
-        LAWS,
+        RESUME,
     ),
     Mutant(
         "checkpoint.py",
         "copy_into(_whole_tensors(whole)",
         "(lambda *_: None)(_whole_tensors(whole)",
         "the head comes back random",
-        LAWS,
+        RESUME,
     ),
-    Mutant("run.py", "if _step_of(line) <=", "if 0 <=", "metrics repeat after a resume", LAWS),
+    Mutant("run.py", "if _step_of(line) <=", "if 0 <=", "metrics repeat after a resume", RESUME),
     Mutant("peft_format.py", '"rank_pattern": pattern', '"rank_pattern": {}', "no ranks", LAWS),
     Mutant("peft_format.py", '"alpha_pattern": pattern', '"alpha_pattern": {}', "no alphas", LAWS),
     Mutant(

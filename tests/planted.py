@@ -17,7 +17,7 @@ from lorakit.adapter import VariantConfig
 from lorakit.data.batching import Batch, steps, steps_in_epoch
 from lorakit.engine import Engine
 from lorakit.inject import Layers, inject, plan, sites
-from lorakit.models import Head
+from lorakit.models.heads import Head
 from lorakit.timetable import TrainSection
 from lorakit.train import Trainee, train
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from lorakit import checkpoint, manifest, recipe
-from lorakit.checkpoint import find, meta
+from lorakit.checkpoint import meta
 from lorakit.disk import whole_folder, write_text
 from lorakit.errors import FolderError
-from lorakit.trained import newest_run, open_trained
+from lorakit.run_folder import find, newest_run
+from lorakit.trained import open_trained
 from lorakit.variants.lora import LoRAConfig
 
 

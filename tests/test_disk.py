@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import Answer
 
-from lorakit import checkpoint, run
+from lorakit import checkpoint, run, run_folder
 from lorakit import recipe as recipes
 from lorakit.errors import FolderError
 
@@ -65,7 +65,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 def same(one: Path, other: Path) -> bool:
     """Whether two runs have ended in the same tensors."""
-    folders = [checkpoint.find(path, "last") for path in (one, other)]
+    folders = [run_folder.find(path, "last") for path in (one, other)]
     files = [f"{part}.safetensors" for part in ("adapter", "head", "state")]
     return all((folders[0] / f).read_bytes() == (folders[1] / f).read_bytes() for f in files)
 

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 from lorakit import models
 from lorakit.inject import inject, plan, sites, trained_whole
-from lorakit.models import Head, ModelSection
+from lorakit.models import ModelSection
+from lorakit.models.heads import Head
 from lorakit.trained import logits, open_trained
 from lorakit.variants.lora import LoRAConfig, LoRALinear
 

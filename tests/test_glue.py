@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from lorakit import models, tasks
 from lorakit.errors import DataError
-from lorakit.models import Head
+from lorakit.models.heads import Head
 from lorakit.tasks import TaskSection, glue
 from lorakit.tasks.classification import f1, matthews
 from lorakit.tasks.regression import pearson, spearman

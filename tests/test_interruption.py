@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from lorakit import checkpoint, recipe, run
-from lorakit.checkpoint import find, newest
-from lorakit.disk import locked, sweep, whole_folder
+from lorakit import recipe, run
+from lorakit.disk import locked, remove, sweep, whole_folder
 from lorakit.errors import FolderError, Stopped
+from lorakit.run_folder import find, newest
 
 Lorakit = Callable[..., Any]
 TINY = Path("runs/tiny")
@@ -129,7 +129,7 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 def test_the_command_ends_as_a_shell_has_it(
     recipe: Path, lorakit: Lorakit, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    from lorakit.display import Watch
+    from lorakit.progress import Watch
 
     tick = Watch.tick
 
@@ -157,6 +157,18 @@ def test_a_run_without_a_finite_loss_names_the_last_good_checkpoint(
     good = find(TINY, "last")
     assert f"The last good checkpoint is {good}." in answer.err
     assert all(value.isfinite().all() for value in load_file(good / "state.safetensors").values())
+
+
+def test_a_run_of_steps_left_out_is_shown_until_it_is_hopeless(
+    recipe: Path, lorakit: Lorakit
+) -> None:
+    wild = ("train.lr=1e30", "train.clip=null", "train.steps=30", "train.eval_every=null")
+    answer = lorakit("train", recipe, *wild, "train.non_finite=skip", "train.log_every=1")
+    assert answer.code == 2, answer.err
+    assert "as in the 9 steps before" in answer.err
+    assert "loss none" in answer.err
+    assert [row["loss"] for row in _told(TINY)][-9:] == [None] * 9
+    assert _told(TINY)[-1]["skipped"] == 9
 
 
 def test_a_loss_that_runs_away_is_told_once(recipe: Path, lorakit: Lorakit) -> None:
@@ -328,7 +340,7 @@ def test_going_on_elsewhere_is_told(finished: Path, lorakit: Lorakit) -> None:
     told = json.loads(path.read_text())
     path.write_text(json.dumps({**told, "threads": 64}))
     checkpoints = finished / "checkpoints"
-    checkpoint.remove(checkpoints / "step-000006")
+    remove(checkpoints / "step-000006")
     answer = lorakit("train", finished, "--resume")
     assert answer.code == 0
     assert "threads 64 there, 1 here: the last digits of results may differ" in answer.err

@@ -20,7 +20,8 @@ from lorakit.data import DataSection
 from lorakit.data.batching import Batch
 from lorakit.data.packing import best_fit
 from lorakit.errors import DataError, LorakitError, ModelError
-from lorakit.models import Head, ModelSection
+from lorakit.models import ModelSection
+from lorakit.models.heads import Head
 from lorakit.tasks import TaskSection
 from lorakit.tasks.generation import complete, exact_match, prompt_of, rouge_l
 from lorakit.tasks.language import MASK

@@ -12,7 +12,8 @@ from lorakit import models
 from lorakit.errors import ModelError
 from lorakit.inject import inject, plan, sites, trained_whole
 from lorakit.memory import estimate
-from lorakit.models import Head, ModelSection
+from lorakit.models import ModelSection
+from lorakit.models.heads import Head
 from lorakit.variants.lora import LoRAConfig, LoRALinear
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30522}

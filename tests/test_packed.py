@@ -18,13 +18,15 @@ from lorakit import export, manifest, models, packed, run
 from lorakit import recipe as recipes
 from lorakit.adapter import Plan, VariantConfig
 from lorakit.codes import BITS, Coded, CodedPair, Grid, Grids, coded_base, coded_update, top
-from lorakit.display import Watch
 from lorakit.errors import FolderError, LorakitError, NotCodedError, NotLowRankError
 from lorakit.finished import PackedLinear
-from lorakit.models import Head, ModelSection
+from lorakit.fitting import with_codes
+from lorakit.models import ModelSection
+from lorakit.models.heads import Head
 from lorakit.packed import PackedAdapter
+from lorakit.progress import Watch
 from lorakit.prune import Selection
-from lorakit.trained import logits, open_trained, with_codes
+from lorakit.trained import logits, open_trained
 
 LAYER = "bert.encoder.layer.{}.{}"
 KINDS = ("attention.self.query", "attention.self.value", "intermediate.dense", "output.dense")

@@ -16,10 +16,12 @@ from torch.testing import assert_close
 from lorakit import models, peft_format
 from lorakit.adapter import Factors
 from lorakit.errors import FolderError
-from lorakit.models import Base, Head, ModelSection
+from lorakit.fitting import with_pairs
+from lorakit.models import Base, ModelSection
+from lorakit.models.heads import Head
 from lorakit.peft_format import PeftAdapter
 from lorakit.prune import padded
-from lorakit.trained import logits, open_trained, with_pairs
+from lorakit.trained import logits, open_trained
 
 LABELS = ("a", "b", "c")
 QUERY = "bert.encoder.layer.{}.attention.self.query"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakit import manifest, variants
+from lorakit.data import rows as stored_rows
 
 Lorakit = Callable[..., Answer]
 RUN = Path("runs/tiny")
@@ -40,7 +41,8 @@ TRAIN = {
     "save_every": 3,
     "patience": 50,
 }
-"""60 rows, 10 in a step: the first epoch ends after step 6. No row is logged where it is saved."""
+"""60 rows, 10 in a step: the first epoch ends after step 6, and step 3 is in its midst. No row is
+logged where it is saved."""
 GATES = {"lambda": 3.0, "gate_lr": 0.1}
 OWN: Mapping[str, Mapping[str, Any]] = {"sora": {"sparsity": GATES}}
 """Settings that make something happen within a few steps."""
@@ -54,8 +56,7 @@ ANSWERS = {"model": {"name": "llama"}, "data": {"train": "answers.jsonl"}}
 """A model that writes, and its rows; both are made for the cases that name them."""
 
 CASES = {
-    **{name: Case({"variant": name, **OWN.get(name, {})}, (3,)) for name in variants.names()},
-    "at an epoch's end": Case({"variant": "sora", "sparsity": GATES}, (6,)),
+    **{name: Case({"variant": name, **OWN.get(name, {})}, (3, 6)) for name in variants.names()},
     "sora in each stage": Case({"variant": "sora", "sparsity": STAGES}, (3, 6, 9)),
     "blora to targets": Case({"variant": "blora", "gates": TARGETS}, (14,), LONG),
     "sora compacted": Case({"variant": "sora", "sparsity": KEEP}, (14, 21), LONG),
@@ -150,6 +151,17 @@ def test_a_resumed_run_ends_like_the_uninterrupted_one(
         assert answer.code == 0, answer.err
         assert f"resumed at step {step} of" in answer.err
         assert differences(ends(RUN), wanted) == [], f"stopped after step {step}"
+
+
+def test_a_run_whose_rows_are_beyond_memory_goes_on_too(
+    train: Callable[[Case], Path], lorakit: Lorakit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = ends(train(CASES["lora"]))
+    monkeypatch.setattr(stored_rows, "IN_MEMORY", 0)
+    monkeypatch.setenv("LORAKIT_CACHE", "cache")  # nothing that is encoded already
+    answer = lorakit("train", cut(Path("runs/whole"), 3), "--resume")
+    assert answer.code == 0, answer.err
+    assert differences(ends(RUN), wanted) == []
 
 
 def test_what_the_cases_are_meant_to_meet_does_happen(train: Callable[[Case], Path]) -> None:

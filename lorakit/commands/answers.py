@@ -9,7 +9,7 @@ from typing import Any, TypeGuard, cast, get_args
 
 from rich.console import Console, Group, RenderableType
 
-from lorakit import display, harness, sheets, submission, tasks, trained
+from lorakit import display, harness, progress, run_folder, sheets, submission, tasks, trained
 from lorakit.disk import write_text
 from lorakit.display import print_json, size
 from lorakit.errors import FolderError, LorakitError, one_of
@@ -20,7 +20,7 @@ from lorakit.models import Precision
 from lorakit.predict import FORMATS, Counts, Settings, answers, reading, row
 from lorakit.submission import Submitted
 from lorakit.tasks import glue
-from lorakit.trained import Trained
+from lorakit.trained import Card, Trained
 
 RUNS = Path("runs")
 """Where `eval` looks for the newest run."""
@@ -40,9 +40,9 @@ def evaluate(
     one_of("--precision", precision, get_args(Precision))
     if output_path is not None and (output_path.is_dir() or not output_path.parent.is_dir()):
         raise FolderError(f"--output-path: {output_path}: expected a file in a folder that exists.")
-    watch = display.Watch(Console(stderr=True), quiet=as_json)
+    watch = progress.Watch(Console(stderr=True), quiet=as_json)
     if path is None:
-        path = trained.newest_run(RUNS)
+        path = run_folder.newest_run(RUNS)
         watch.note(f"the newest run: {path}")
     _refuse_unheard(wanted, predictions)
     asked = None
@@ -128,14 +128,14 @@ def predict(
     texts = answers(found, given.inputs(how), settings, counts)
     rows: list[Mapping[str, Any]] = []
     with (
-        display.counting(console, "texts", as_json) as tick,
+        progress.counting(console, "texts", as_json) as tick,
         sheets.opened(out) if out else nullcontext(rows.append) as write,
     ):
         for text, answer in texts:
             write(row(text, answer))
             tick()
     done = counts.read - counts.empty
-    watch = display.Watch(console, quiet=as_json)
+    watch = progress.Watch(console, quiet=as_json)
     for note in counts.notes():
         watch.note(note)
     if as_json:
@@ -157,10 +157,10 @@ def _shown(scored: Scored, found: Trained, whole: bool) -> RenderableType:
             title, display.two_columns([*written.items(), ("precision", scored.precision)])
         )
     before = {name: display.score(name, value) for name, value in found.scores.items()}
-    full, pruned = found.card["bytes"]
+    full, pruned = found.card.bytes
     rows = [
         *((name, before[name], value) for name, value in written.items() if name in before),
-        display.ranks(found.card["start"], found.card["ranks"]),
+        display.ranks(found.card.start, found.card.ranks),
         ("adapter size", size(full), size(pruned)),
         *_other_forms(found.card),
         ("scored in", f"{found.precision}, by the run", f"{scored.precision}, reloaded"),
@@ -168,7 +168,7 @@ def _shown(scored: Scored, found: Trained, whole: bool) -> RenderableType:
     return display.before_after(rows, title)
 
 
-def _other_forms(card: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _other_forms(card: Card) -> list[tuple[str, str, str]]:
     """The size a folder of codes would have in float32, and the other way round."""
-    forms = card.get("bytes_by_form", {})
-    return [(f"size if {form}", "", size(n)) for form, n in forms.items() if form != card["form"]]
+    forms = card.bytes_by_form.items()
+    return [(f"size if {form}", "", size(n)) for form, n in forms if form != card.form]

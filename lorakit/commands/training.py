@@ -5,14 +5,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lorakit import display, plots, recipe, report, run, variants
+from lorakit import display, plots, progress, recipe, report, run, variants
 from lorakit.display import print_json, size
 
 
 def train(path: Path, overrides: list[str], resume: bool, as_json: bool) -> None:
     """`lorakit train`."""
     loaded = recipe.load(_recipe_file(path), overrides)
-    with display.Watch(Console(stderr=True), quiet=as_json) as watch:
+    with progress.Watch(Console(stderr=True), quiet=as_json) as watch:
         outcome = run.run(loaded, resume, watch)
     if outcome is None:  # another process answers
         return
@@ -56,7 +56,7 @@ def dry_run(path: Path, overrides: list[str], as_json: bool) -> None:
         }
         print_json({**facts, "recipe": loaded.model_dump(mode="json")})
         return
-    watch = display.Watch(Console(stderr=True))
+    watch = progress.Watch(Console(stderr=True))
     for note in prepared.notes:
         watch.note(note)
     rows = [

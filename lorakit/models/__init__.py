@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lorakit.base import Codes, is_linear, is_quantized, quantized, settled
 from lorakit.errors import ModelError
-from lorakit.models import gguf
+from lorakit.models import gguf, heads
+from lorakit.models.heads import WRITERS, Head
 from lorakit.models.refusals import cannot_load
 from lorakit.places import PACKAGE, locate
 from lorakit.schema import Section
@@ -46,39 +47,6 @@ class ModelSection(Section):
         if double and others.data.get("quantize", "nf4") not in ("nf4", "fp4"):
             raise ValueError("only 4-bit codes have scales to store so: model.quantize nf4 or fp4")
         return double
-
-
-CLASSIFIER = "SEQ_CLS"
-"""PEFT's word for a model with a classification head."""
-WRITERS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-"""PEFT's words for models that write text with a layer of their own."""
-_CLASSES = {
-    CLASSIFIER: "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-    None: "AutoModel",
-}
-
-
-class Head(NamedTuple):
-    """What a task asks of the model's last layer, known before the model is loaded."""
-
-    labels: tuple[str, ...] = ()
-    """Names of the outputs, one for a regression; empty: as the base model has them."""
-    kind: str | None = CLASSIFIER
-    """PEFT's task type."""
-    multiple: bool = False
-    """Whether a text may have any number of the labels."""
-
-    @property
-    def problem(self) -> str:
-        """What transformers calls it, by its own rule: one output is a regression's."""
-        if self.multiple:
-            return "multi_label_classification"
-        return "regression" if len(self.labels) == 1 else "single_label_classification"
 
 
 class Base(NamedTuple):
@@ -122,11 +90,11 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
             where,
             revision=section.revision,
             trust_remote_code=False,  # left out, transformers asks whether to run the model's code
-            **_head_settings(head),
+            **heads.settings(head),
         )
         if section.dropout is not None:
             _set_dropout(config, section.dropout)
-        model, info = getattr(transformers, _CLASSES[head.kind]).from_pretrained(
+        model, info = getattr(transformers, heads.CLASSES[head.kind]).from_pretrained(
             where,
             config=config,
             revision=section.revision,
@@ -149,7 +117,7 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
         raise ModelError(
             f"model.name: {section.name!r} writes no text: its files lack {min(fresh)}."
         )
-    names, notes = _head(model, fresh, head), _pad(section.name, model, tokenizer)
+    names, notes = heads.modules_of(model, fresh, head), _pad(section.name, model, tokenizer)
     if section.quantize is not None:
         _quantize(section, model, names)
     for module in model.modules():
@@ -208,26 +176,6 @@ def _computes_bf16() -> bool:
     return bool(features.get("avx512_bf16") or features.get("bf16"))  # x86; ARM
 
 
-def _head(model: nn.Module, fresh: set[str], wanted: Head) -> tuple[str, ...]:
-    """The outermost modules all of whose parameters are new, and owners of single new ones.
-
-    Where none is (a base that already classifies into these labels) the head is what stands
-    outside the backbone; the output layer of a language model is no head.
-    """
-    if not fresh and wanted.labels:
-        backbone = getattr(model, "base_model_prefix", "")
-        children = [n for n, m in model.named_children() if n != backbone and [*m.parameters()]]
-        return tuple(children)
-    found: list[str] = []
-    for name, module in model.named_modules():
-        inside = [f"{name}.{key}" for key, _ in module.named_parameters()]
-        covered = any(name.startswith(f"{outer}.") for outer in found)
-        if name and inside and fresh.issuperset(inside) and not covered:
-            found.append(name)
-    alone = [key for key in sorted(fresh) if not any(key.startswith(f"{o}.") for o in found)]
-    return tuple(dict.fromkeys([*found, *(key.rpartition(".")[0] for key in alone)]))
-
-
 def _quantize(section: ModelSection, model: Any, head: Sequence[str]) -> None:
     """Puts codes in the place of all linears but the head and the output layer, which may be tied,
     and those that transformers knows to suffer from low precision.
@@ -277,17 +225,6 @@ def _positions(model: nn.Module) -> int | None:
     tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
     padding = next((getattr(table, "padding_idx", None) for table in tables), None)
     return count if count is None or padding is None else count - padding - 1
-
-
-def _head_settings(head: Head) -> dict[str, Any]:
-    if not head.labels:
-        return {}
-    return {
-        "num_labels": len(head.labels),
-        "id2label": dict(enumerate(head.labels)),
-        "label2id": {label: i for i, label in enumerate(head.labels)},
-        "problem_type": head.problem,
-    }
 
 
 def _attention(head: Head) -> str | None:

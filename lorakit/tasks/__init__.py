@@ -13,7 +13,7 @@ from lorakit.data import DataSection, dialogues, labels, read
 from lorakit.data.batching import Batch
 from lorakit.data.formats import Wanted, fields
 from lorakit.errors import DataError, no_such
-from lorakit.models import Head
+from lorakit.models.heads import Head
 from lorakit.schema import Section
 from lorakit.tasks import glue
 from lorakit.tasks.causal import CausalTask, LossOn

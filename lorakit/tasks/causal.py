@@ -20,7 +20,8 @@ from lorakit.data.dialogues import Dialogues, Span, spans
 from lorakit.data.encoding import NAMES, padding, tokenized
 from lorakit.data.packing import Packed, packed
 from lorakit.errors import DataError, ModelError
-from lorakit.models import Head, probe
+from lorakit.models import probe
+from lorakit.models.heads import Head
 from lorakit.tasks.generation import begins, unwrapped
 from lorakit.tasks.language import MASK, LanguageTask
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from lorakit.data.labels import check_labels
 from lorakit.data.rows import Rows
-from lorakit.models import Head
+from lorakit.models.heads import Head
 from lorakit.tasks.texts import Metric
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lorakit.data.labels import check_sets
 from lorakit.data.rows import Rows
-from lorakit.models import Head
+from lorakit.models.heads import Head
 from lorakit.tasks.texts import Metric
 
 Sets = Sequence[Sequence[bool]]

@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 
 from lorakit.data.labels import check_numbers
 from lorakit.data.rows import Rows
-from lorakit.models import Head
+from lorakit.models.heads import Head
 from lorakit.tasks.texts import Metric
 
 OUTPUT = "score"

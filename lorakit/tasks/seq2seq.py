@@ -13,7 +13,7 @@ from lorakit.data.batching import Encoded
 from lorakit.data.cache import Chunk
 from lorakit.data.dialogues import Dialogues
 from lorakit.data.encoding import NAMES, longer, padding, tokenized
-from lorakit.models import Head
+from lorakit.models.heads import Head
 from lorakit.tasks.generation import unwrapped
 from lorakit.tasks.language import MASK, LanguageTask
 

@@ -12,7 +12,7 @@ from lorakit.data.batching import Batch, Encoded
 from lorakit.data.encoding import encode
 from lorakit.data.rows import Rows
 from lorakit.errors import DataError
-from lorakit.models import Head
+from lorakit.models.heads import Head
 from lorakit.tasks.rows import RowTask
 
 Metric = Callable[[Sequence[Any], Sequence[Any]], float]

@@ -19,7 +19,7 @@ from lorakit.data.cache import Chunk
 from lorakit.data.encoding import longer, padding, tokenized
 from lorakit.data.rows import Rows
 from lorakit.errors import DataError
-from lorakit.models import Head
+from lorakit.models.heads import Head
 from lorakit.tasks.rows import RowTask
 
 MASK = -100

@@ -254,7 +254,8 @@ class GatesToTarget(ProximalGates):
         self.target.refuse_haste(2, asked, self.gates)  # in the first, no gate has a gradient yet
 
     def after_step(self, ctx: Step) -> Kept:
-        if ctx.step == self.target.first and self.sparsity.basis == "principal":
+        now = self.step < self.target.first <= ctx.step  # or later, if that step was left out
+        if now and self.sparsity.basis == "principal":
             self._turn(ctx)
         return super().after_step(ctx)
 

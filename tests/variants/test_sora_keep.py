@@ -179,6 +179,26 @@ class Upside(Target):
         return super().due(-score, cost, step)
 
 
+def test_ranks_are_turned_a_step_later_where_that_step_was_left_out() -> None:
+    settings = section(steps=60)
+    trainee = pupil(config(keep=0.5), settings)
+    first, shared = trainee.controller.target.first, {}
+
+    def after_step(ctx: Step) -> Any:
+        kept = GatesToTarget.after_step(trainee.controller, ctx) if ctx.step != first else {}
+        angles = []
+        for layer in trainee.layers.values():
+            rows = torch.nn.functional.normalize(layer.A.detach())
+            angles.append(float((rows @ rows.T).fill_diagonal_(0).abs().max()))
+        shared[ctx.step] = max(angles)
+        return kept
+
+    trainee.controller.after_step = after_step
+    taught(trainee, settings)
+    assert shared[first] > 0.1
+    assert shared[first + 1] < 1e-3  # principal axes
+
+
 def test_large_gates_are_the_ones_to_keep() -> None:
     settings = section(steps=150, lr=1e-2)
     scores = []
