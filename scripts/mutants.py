@@ -41,6 +41,7 @@ CACHE, TASKS, GLUE = "tests/test_cache.py", "tests/test_own_tasks.py", "tests/te
 
 UNTRUSTED, FUZZ, DISK = "tests/test_untrusted.py", "tests/test_fuzz.py", "tests/test_disk.py"
 RESUME, DOCTOR = "tests/test_resume.py", "tests/test_doctor.py"
+KERNELS = "tests/test_kernels.py"
 LANGUAGE, FORMATS = "tests/test_language.py", "tests/test_formats.py"
 
 MUTANTS = [
@@ -214,6 +215,10 @@ MUTANTS = [
         "a model's own code runs",
         UNTRUSTED,
     ),
+    Mutant("models/kernels.py", "output[0][:, :1]", "output[0][:, 1:2]", "another token", KERNELS),
+    Mutant("models/kernels.py", "weights += attention_mask", "pass", "padding is read", KERNELS),
+    Mutant("models/kernels.py", "2**16) - 2**15", "2**15) - 2**15", "half the dropout", KERNELS),
+    Mutant("models/kernels.py", ".train(module.training)", "", "dropout in evaluation", KERNELS),
     Mutant("yamltext.py", "self.depth > DEEPEST", "False", "open brackets", FUZZ),
     Mutant("packed.py", "ge=0, lt=2**31", "ge=0", "a shape of no tensor", FUZZ),
     Mutant("disk.py", "if told else None", "if False else None", "Rust's words", DISK),

@@ -72,12 +72,16 @@ def settings(job: Job, given: argparse.Namespace) -> list[str]:
         f"task.data_dir={given.data_dir}",
         f"seed={job.seed}",
         f"output_dir={job.folder(given.out)}",
-        *("~train.epochs", f"train.steps={given.steps or STEPS[job.task]}"),
+        *("~train.epochs", f"train.steps={_steps(job, given)}"),
         *("train.best=null", "train.eval_every=null", "train.save_every=null"),
         *("model.dropout=0.0", "adapter.rank=8", "adapter.alpha=8"),
         *METHODS[job.method],
         *given.overrides,
     ]
+
+
+def _steps(job: Job, given: argparse.Namespace) -> int:
+    return given.steps or STEPS[job.task]
 
 
 def measure(job: Job, given: argparse.Namespace) -> Row:
@@ -87,7 +91,8 @@ def measure(job: Job, given: argparse.Namespace) -> Row:
         cut = _pruned(run, run / f"keep-{keep:g}", "--keep", keep, "--of", "parameters")
         return {**job._asdict(), **cut}
     run = job.folder(given.out)
-    if not (run / "checkpoints" / "last").exists():
+    last = run / "checkpoints" / "last"
+    if not last.exists() or last.read_text() != f"step-{_steps(job, given):06d}\n":
         resume = ["--resume"] if run.exists() else []
         lorakit("train", BASE, *settings(job, given), *resume)
     return {**job._asdict(), **_pruned(run, run / "pruned")}

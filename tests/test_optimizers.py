@@ -1,6 +1,5 @@
 """bitsandbytes' optimizers: 8-bit moments, paged memory, stopped and resumed."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,6 @@ import pytest
 import torch
 import yaml
 from planted import section
-from safetensors.torch import load_file
-from test_variant_laws import metrics, stop_at
 from torch import nn
 from torch.testing import assert_close
 
@@ -111,33 +108,6 @@ def test_moments_follow_the_ranks_a_layer_keeps_but_not_in_8_bits(
     optim.compact(optimizer, shrunk, kept)
     assert torch.equal(optimizer.state[layer.B][second], before[:, kept])
     step(layer, optimizer)
-
-
-@pytest.mark.parametrize("name", BITSANDBYTES)
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    recipe: Path, lorakit: Callable[..., Any], name: str
-) -> None:
-    """The embeddings, trained whole, are large enough for 8-bit moments."""
-    given = yaml.safe_load(recipe.read_text())
-    given["adapter"] |= {"dropout": 0.1, "also_train": ["word_embeddings"]}
-    given["train"] |= {"optimizer": name, "steps": 7, "save_every": 3, "lr": 1e-2}
-    recipe.write_text(yaml.safe_dump(given))
-    answer = lorakit("train", recipe)
-    assert answer.code == 0, answer.err
-    assert f"{name}: " in answer.err
-    run, whole = Path("runs/tiny"), Path("runs/tiny").rename("runs/whole")
-
-    assert lorakit("train", recipe, "train.steps=7").code == 0
-    stop_at(run, 3)
-    answer = lorakit("train", recipe, "--resume")
-    assert answer.code == 0, answer.err
-    for part in ("adapter", "head", "state"):
-        file = f"checkpoints/step-000007/{part}.safetensors"
-        assert_close(load_file(run / file), load_file(whole / file), rtol=0, atol=0)
-    assert metrics(run) == metrics(whole)
-    words = "optimizer/bert.embeddings.word_embeddings.weight.state1"
-    stored = load_file(run / "checkpoints/step-000007/state.safetensors")[words].dtype
-    assert stored == (torch.uint8 if name.endswith("8bit") else torch.float32)
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])

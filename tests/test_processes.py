@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from test_variant_laws import metrics, stop_at
+from stopped import metrics, stop_after
 from torch.testing import assert_close
 
 
@@ -24,7 +24,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(
     assert in_two_processes(*two).stdout.count("lorakit prune runs/two") == 1
     same(Path("runs/two"), Path("runs/one"))
 
-    stop_at(Path("runs/two"), 3)
+    stop_after(Path("runs/two"), 3)
     assert in_two_processes(*two, "--resume").stderr.count("resumed at step 3 of 6") == 1
     same(Path("runs/two"), Path("runs/one"))
 

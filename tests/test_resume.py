@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import writers
 import yaml
 from conftest import Answer
 from safetensors.torch import load_file, save_file
+from stopped import metrics, stop_after
 from torch import Tensor
 
 from lorakit import manifest, variants
@@ -48,7 +50,13 @@ OWN: Mapping[str, Mapping[str, Any]] = {"sora": {"sparsity": GATES}}
 """Settings that make something happen within a few steps."""
 STAGES = {**GATES, "schedule": "linear", "levels": 3, "dense": 0.4}
 KEEP = {"keep": 0.5, "compact": True}
+PARAMETERS = {"keep": 0.3, "of": "parameters"}
+OUTGROWN = {"xi": 0.12, "gate_init": "normal", "compact": True}
+REFERENCE = {"mode": "reference", "xi": 0.05, "gate_init": "normal", "l1": 1.0}
+ADAM = {"metric": "adam", "lambda": 1e-4}
 TARGETS = {"keep": 0.75, "bits": 30.0}
+WORDS = {"also_train": ["word_embeddings"]}
+"""Large enough for moments in 8 bits."""
 LONG = {"steps": 28, "save_every": 7, "eval_every": 10}
 
 WRITING = {"name": "causal-lm", "max_length": 64}
@@ -59,8 +67,16 @@ CASES = {
     **{name: Case({"variant": name, **OWN.get(name, {})}, (3, 6)) for name in variants.names()},
     "sora in each stage": Case({"variant": "sora", "sparsity": STAGES}, (3, 6, 9)),
     "blora to targets": Case({"variant": "blora", "gates": TARGETS}, (14,), LONG),
+    "sora as its authors' code": Case({"variant": "sora", "sparsity": REFERENCE}, (3,)),
+    "sora by Adam's scale": Case({"variant": "sora", "sparsity": ADAM}, (3,)),
+    "sora to a share of parameters": Case({"variant": "sora", "sparsity": PARAMETERS}, (14,), LONG),
+    "sora compacted by a threshold": Case({"variant": "sora", "sparsity": OUTGROWN}, (14,), LONG),
     "sora compacted": Case({"variant": "sora", "sparsity": KEEP}, (14, 21), LONG),
     "patience pending": Case({"variant": "lora"}, (6,), {"patience": 2, "lr": 1e-9, "steps": 16}),
+    **{
+        f"moments of {name}": Case({"variant": "lora", **WORDS}, (3,), {"optimizer": name})
+        for name in ("adamw8bit", "paged_adamw8bit", "paged_adamw32bit")
+    },
     "over a base in 4 bits": Case(
         {"variant": "lora"}, (6,), {"optimizer": "adamw8bit"}, {"model": {"quantize": "nf4"}}
     ),
@@ -98,18 +114,8 @@ def cut(whole: Path, step: int) -> Path:
     """The run as a kill soon after the checkpoint of `step` would have left it."""
     shutil.rmtree(RUN, ignore_errors=True)
     shutil.copytree(whole, RUN)
-    for folder in (RUN / "checkpoints").glob("step-*"):
-        if number(folder) > step:
-            shutil.rmtree(folder)
-    (RUN / "checkpoints" / "last").write_text(f"step-{step:06d}\n")
-    (RUN / "checkpoints" / "best").unlink(missing_ok=True)
-    with (RUN / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')
+    stop_after(RUN, step)
     return RUN
-
-
-def number(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
 
 
 def ends(run: Path) -> dict[str, Any]:
@@ -119,14 +125,11 @@ def ends(run: Path) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
     for part in ("adapter", "head", "state"):
         tensors |= load_file(folder / f"{part}.safetensors")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        row.pop("samples_per_s", None)  # a time
     return {
         "last": name,
         "best": best.read_text() if best.exists() else None,
         "state": (folder / "state.json").read_text(),
-        "metrics": rows,
+        "metrics": metrics(run),
         "tensors": {key: (tuple(t.shape), t.numpy().tobytes()) for key, t in tensors.items()},
     }
 
@@ -172,6 +175,10 @@ def test_what_the_cases_are_meant_to_meet_does_happen(train: Callable[[Case], Pa
         for folder in sorted((whole / "checkpoints").glob("step-*"))
     ]
     assert sizes[0] > sizes[1] > sizes[-1]
+    shutil.rmtree(whole)
+    last = train(CASES["moments of adamw8bit"]) / "checkpoints" / "step-000012"
+    words = "optimizer/bert.embeddings.word_embeddings.weight.state1"
+    assert load_file(last / "state.safetensors")[words].dtype == torch.uint8
     shutil.rmtree(whole)
     assert ends(train(CASES["patience pending"]))["last"] == "step-000012"
     shutil.rmtree(whole)

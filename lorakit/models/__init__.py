@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakit.base import Codes, is_linear, is_quantized, quantized, settled
 from lorakit.errors import ModelError
-from lorakit.models import gguf, heads
+from lorakit.models import gguf, heads, kernels
 from lorakit.models.heads import WRITERS, Head
 from lorakit.models.refusals import cannot_load
 from lorakit.places import PACKAGE, locate
@@ -100,7 +100,7 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
             revision=section.revision,
             trust_remote_code=False,
             dtype="auto" if stored or section.quantize else dtype(section.precision),
-            attn_implementation=_attention(head),
+            attn_implementation=kernels.implementation(head),
             ignore_mismatched_sizes=bool(head.labels),  # a head of another size starts anew
             output_loading_info=True,
         )
@@ -122,6 +122,7 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
         _quantize(section, model, names)
     for module in model.modules():
         settled(module)  # a base may bring codes of its own
+    kernels.install(model, head)
     longest = min(_positions(model) or tokenizer.model_max_length, tokenizer.model_max_length)
     return Base(model, tokenizer, names, longest, getattr(config, "_commit_hash", None), notes)
 
@@ -134,7 +135,7 @@ def resolve(name: str) -> str:
 def dtype(precision: Precision) -> torch.dtype:
     """What `precision` means on this machine's device."""
     if precision == "auto":
-        return torch.bfloat16 if _computes_bf16() else torch.float32
+        return torch.bfloat16 if kernels.computes_bf16() else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
@@ -167,13 +168,6 @@ def probe(model: nn.Module, rows: int = 4, tokens: int = 24) -> dict[str, Tensor
         ids[:, -1] = end
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return found | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
-
-
-def _computes_bf16() -> bool:
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("bf16"))  # x86; ARM
 
 
 def _quantize(section: ModelSection, model: Any, head: Sequence[str]) -> None:
@@ -225,18 +219,6 @@ def _positions(model: nn.Module) -> int | None:
     tables = (m for name, m in model.named_modules() if name.endswith("position_embeddings"))
     padding = next((getattr(table, "padding_idx", None) for table in tables), None)
     return count if count is None or padding is None else count - padding - 1
-
-
-def _attention(head: Head) -> str | None:
-    """Plain attention for short texts on a CPU, transformers' own choice elsewhere.
-
-    With a padding mask, torch's fused CPU attention took 1.15 x the step of plain matrix products
-    (MiniLM, 32 x 96 tokens, bfloat16, two cores). But plain attention has maps of tokens x tokens,
-    and a step of a language model took 2.5 GiB with them, 1.7 without (SmolLM2-135M in nf4,
-    4 x 512 tokens, activations computed again).
-    """
-    short = head.kind not in WRITERS and not torch.accelerator.is_available()
-    return "eager" if short else None
 
 
 def _set_dropout(config: Any, p: float) -> None:

@@ -149,13 +149,13 @@ class ProximalGates(Controller[SoRALinear, SoRAConfig]):
 
     @torch.no_grad()
     def after_step(self, ctx: Step) -> Kept:
+        gates, xi = self._gates(), self.thresholds(ctx)
         if not self.sparsity.revive:
-            for layer, live in self._by_layer(self.live):
-                layer.g.mul_(live)  # the optimizer's momentum moves dead gates too
-        xi = self.thresholds(ctx)
-        for layer, own in self._by_layer(xi):
-            layer.g.copy_(self.operator(layer.g, own))
-        live, self.step, self.pushed = self._live(), ctx.step, xi.mean()
+            gates = gates * self.live  # the optimizer's momentum moves dead gates too
+        gates = self.operator(gates, xi)
+        for layer, own in self._by_layer(gates):
+            layer.g.copy_(own)
+        live, self.step, self.pushed = gates != 0, ctx.step, xi.mean()
         if not torch.equal(live, self.live):
             self.live, self.moved = live, ctx.step
         return self._outgrown() if self.sparsity.compact else {}

@@ -1,15 +1,10 @@
 """Dead ranks of SoRA: held at 0 or free to return, masked or taken out of the layers."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from planted import Planted, injected, net, planted, pupil, section, taught
-from safetensors.torch import load_file
-from test_variant_laws import metrics, stop_at
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -155,38 +150,3 @@ def test_moments_in_blocks_of_eight_bits_refuse() -> None:
     kept = torch.tensor([0])
     with pytest.raises(RecipeError, match="8-bit moments cannot be compacted"):
         optim.compact(trainee.optimizer, layer.compact(kept), kept)
-
-
-@pytest.mark.parametrize(
-    "sparsity",
-    [
-        {"xi": 0.12, "gate_init": "normal", "compact": True},
-        {"keep": 0.3, "compact": True},
-        {"keep": 0.3, "of": "parameters"},
-        {"xi": 0.05, "gate_init": "normal", "schedule": "linear", "levels": 3, "dense": 0.3},
-        {"mode": "reference", "xi": 0.05, "gate_init": "normal", "l1": 1.0},
-        {"metric": "adam", "lambda": 1e-4},
-    ],
-)
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    recipe: Path, lorakit: Callable[..., Any], sparsity: dict[str, Any]
-) -> None:
-    """Compaction, a target and stages each have state of their own."""
-    given = yaml.safe_load(recipe.read_text())
-    given["adapter"] = {"variant": "sora", "rank": 4, "sparsity": sparsity}
-    given["train"] |= {"steps": 32, "save_every": 14, "eval_every": 32, "lr": 1e-2}
-    recipe.write_text(yaml.safe_dump(given))
-    run, whole = Path("runs/tiny"), Path("runs/whole")
-    assert lorakit("train", recipe).code == 0
-    run.rename(whole)
-    assert lorakit("train", recipe).code == 0
-    stop_at(run, 14)
-    answer = lorakit("train", recipe, "--resume")
-    assert answer.code == 0, answer.err
-    for part in ("adapter", "state"):
-        file = f"checkpoints/step-000032/{part}.safetensors"
-        assert_close(load_file(run / file), load_file(whole / file), rtol=0, atol=0)
-    assert metrics(run) == metrics(whole)
-    gates = load_file(run / "checkpoints/step-000014/adapter.safetensors")
-    shrunk = {len(value) for name, value in gates.items() if name.endswith(".g")} != {4}
-    assert shrunk is bool(sparsity.get("compact"))

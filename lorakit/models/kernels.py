@@ -1,0 +1,123 @@
+"""What a CPU computes faster in another way, and the measurements that say so.
+
+Each changes how something is computed, not what: attention and the last block give the same
+numbers, dropout the same distribution from other draws. All were timed in training MiniLM with
+LoRA on SST-2 (rank 8, 32 rows of 16 tokens in the mean, bfloat16, one core of a Xeon with AMX;
+docs/performance.md). On a GPU torch's own kernels stand.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.models.heads import CLASSIFIER, WRITERS, Head
+
+ATTENTION = "lorakit"
+"""The name of `attention` among transformers' own."""
+PLAIN = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
+"""Families whose own attention is `attention`, by `model_type`."""
+POOLED = (
+    "bert",
+    "camembert",
+    "deberta",
+    "deberta-v2",
+    "electra",
+    "mpnet",
+    "roberta",
+    "xlm-roberta",
+)
+"""Families of encoders whose classification head reads the first token alone."""
+
+
+def computes_bf16() -> bool:
+    """Whether the device does so natively."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("bf16"))  # x86; ARM
+
+
+def implementation(head: Head) -> str | None:
+    """What attention a model is loaded with: plain for short texts on a CPU, else its own choice.
+
+    With a padding mask, torch's fused CPU attention took 1.15 x the step of plain matrix products
+    (32 x 96 tokens, two cores). But plain attention has maps of tokens x tokens, and a step of a
+    language model took 2.5 GiB with them, 1.7 without (SmolLM2-135M in nf4, 4 x 512 tokens,
+    activations computed again).
+    """
+    short = head.kind not in WRITERS and not torch.accelerator.is_available()
+    return "eager" if short else None
+
+
+def install(model: Any, head: Head) -> None:
+    """Has a model fresh from disk compute in these ways, as far as they fit it and the device."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    if torch.accelerator.is_available():
+        return
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Dropout:
+            model.set_submodule(name, Dropout(module.p).train(module.training))
+    kind = model.config.model_type
+    if kind in PLAIN and head.kind not in WRITERS:
+        AttentionInterface.register(ATTENTION, attention)
+        AttentionMaskInterface.register(ATTENTION, eager_mask)
+        model.set_attn_implementation(ATTENTION)
+    if kind in POOLED and head.kind == CLASSIFIER:
+        last = model.base_model.encoder.layer[-1]
+        last.attention.register_forward_hook(_first_token)
+
+
+def _first_token(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of what attention gives in the last block, all that the head will read.
+
+    The rest of the block then has one token of each row.
+    """
+    return output[0][:, :1].contiguous(), *output[1:]  # strided, a product took 200 times as long
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """`x` with about a share `p` of its numbers at 0, and 1 / (1 - p) times the others.
+
+    16 random bits decide over a number, so that p is met to 1 / 65,536. Torch's own draws 64 for
+    each on a CPU, which took 3 times as long, and 18 % of a step.
+    """
+    count = x.numel()
+    words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int16)[:count].view(x.shape)
+    kept = torch.empty(x.shape, dtype=x.dtype)
+    torch.ge(bits, round(p * 2**16) - 2**15, out=kept)  # by way of bool it took twice as long
+    return x * kept.mul_(1 / (1 - p))
+
+
+class Dropout(nn.Dropout):
+    """Dropout by `dropout`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training and self.p else x
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention, as transformers' `eager`: the three of shape (rows, heads, tokens, d)."""
+    weights = query @ key.transpose(2, 3)
+    weights *= query.size(-1) ** -0.5 if scaling is None else scaling
+    if attention_mask is not None:
+        weights += attention_mask
+    weights = weights.softmax(-1)
+    if module.training and dropout:
+        weights = _dropout(weights, dropout)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+_dropout = dropout  # `attention` has an argument of that name
