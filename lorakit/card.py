@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit import __version__
+from lorakit.places import PACKAGE
 
 if TYPE_CHECKING:
     from lorakit.bops import Costs
     from lorakit.merge import Merged
+    from lorakit.models import ModelSection
     from lorakit.prune import Selection
     from lorakit.trained import Trained
 
@@ -79,7 +81,10 @@ def card(trained: Trained, pruned: Pruned) -> str:
     lines += ["tags: [lora, lorakit]", "---", "", title, ""]
     kind = "A LoRA adapter" if plain else "A low-rank adapter in integer codes"
     lines.append(f"{kind} for `{_base(trained)}`, {kept} of {total} ranks kept.")
-    lines += [*_training(trained), "", "```python", *_loading(trained, pruned), "```", ""]
+    lines += [*_training(trained), ""]
+    if plain and _apart(trained):
+        lines += ["PEFT does not find this base by its name, so it is loaded first.", ""]
+    lines += ["```python", *_loading(trained, pruned), "```", ""]
     if trained.head.labels:
         lines += [f"Labels, in the order of the outputs: {', '.join(trained.head.labels)}.", ""]
     lines += [*_modules(pruned), ""]
@@ -103,7 +108,7 @@ def _base(trained: Trained) -> str:
 def _base_model(trained: Trained) -> list[str]:
     """The hub's word for it, where it may be the hub's."""
     name = trained.base.name
-    known = name == _base(trained) and not name.startswith("package:")
+    known = name == _base(trained) and not _apart(trained)
     return [f"base_model: {json.dumps(name)}"] if known else []
 
 
@@ -157,6 +162,9 @@ def _training(trained: Trained) -> list[str]:
             f"`{recipe.task.name}`, seed {recipe.seed}, to step {trained.step}; "
             "`recipe.yaml` beside this file has every setting."
         )
+    known = [f"{name} `{origin}`" for name, origin in trained.origins.items() if origin]
+    if known:
+        lines.append(f"Its rows, by commit or SHA-256: {', '.join(known)}.")
     if trained.base.quantize is not None:
         lines.append(
             f"The linears of its base were stored in {trained.base.quantize} codes; over weights "
@@ -178,8 +186,43 @@ def _loading(trained: Trained, pruned: Pruned) -> list[str]:
             "model = open_trained(Path(FOLDER)).model",
         ]
     codes = _codes(trained)
+    if _apart(trained):
+        return _loading_apart(trained, codes)
     imports = ["import transformers"] if codes else []
-    return [*imports, f"from peft import {_loader(trained)}", "", *codes, _call(trained)]
+    call = f"model = {_loader(trained)}.from_pretrained({_given(trained, 'FOLDER')})"
+    return [*imports, f"from peft import {_loader(trained)}", "", *codes, call]
+
+
+def _apart(trained: Trained) -> bool:
+    """Whether the base is where PEFT does not look: inside a package, or in a GGUF file."""
+    return trained.base.name.startswith(PACKAGE) or trained.base.gguf is not None
+
+
+def _loading_apart(trained: Trained, codes: list[str]) -> list[str]:
+    """The base first, then the adapter. transformers makes no codes of a GGUF file by itself."""
+    file, (folder, imports) = trained.base.gguf, _folder(trained.base)
+    auto = f"transformers.{_loader(trained).replace('AutoPeft', 'Auto')}.from_pretrained"
+    lines = [*imports, "import transformers", "from peft import PeftModel", "", *codes]
+    if file is None:
+        given = _given(trained, folder)
+    elif codes:
+        whole = "quantization_config=transformers.GgufConfig(dequantize=True)"
+        lines.append(f"model = {auto}({folder}, gguf_file={file!r}, {whole})")
+        lines.append("model.save_pretrained('unpacked')")
+        given = _given(trained, "'unpacked'")
+    else:
+        given = f"{_given(trained, folder)}, gguf_file={file!r}"
+    return [*lines, f"model = {auto}({given})", "model = PeftModel.from_pretrained(model, FOLDER)"]
+
+
+def _folder(base: ModelSection) -> tuple[str, list[str]]:
+    """Where a base is that stands apart, in Python, and what that imports."""
+    if not base.name.startswith(PACKAGE):
+        return "DIR", [f"# DIR is the folder that {base.gguf} is in"]
+    package, _, inside = base.name.removeprefix(PACKAGE).partition("/")
+    inside = str(PurePosixPath(inside).parent) if base.gguf else inside
+    place = f"distribution({package!r}).locate_file({inside!r})"
+    return place, ["from importlib.metadata import distribution", ""]
 
 
 def _codes(trained: Trained) -> list[str]:
@@ -218,10 +261,16 @@ def _loader(trained: Trained) -> str:
     return _LOADERS.get(trained.head.kind or "", "AutoPeftModel")
 
 
-def _call(trained: Trained) -> str:
-    count = f", num_labels={len(trained.head.labels)}" if trained.head.labels else ""
-    codes = ", quantization_config=codes, dtype='auto'" if trained.base.quantize else ""
-    return f"model = {_loader(trained)}.from_pretrained(FOLDER{count}{codes})"
+def _given(trained: Trained, folder: str) -> str:
+    """The arguments that a base is loaded with: of classifiers, labels and what fills rows up."""
+    given, words = [folder], trained.tokenizer
+    if trained.head.labels:
+        given.append(f"num_labels={len(trained.head.labels)}")
+        if words.pad_token_id == words.eos_token_id:  # the base has none of its own
+            given.append(f"pad_token_id={words.pad_token_id}")
+    if trained.base.quantize:
+        given += ["quantization_config=codes", "dtype='auto'"]
+    return ", ".join(given)
 
 
 def provenance(trained: Trained, pruned: Pruned, selection: Selection) -> dict[str, Any]:
@@ -235,6 +284,8 @@ def provenance(trained: Trained, pruned: Pruned, selection: Selection) -> dict[s
         "multiple": trained.head.multiple,
         "precision": trained.precision,
         "scores": dict(trained.scores),
+        "base": asdict(trained.fingerprint),
+        "origins": dict(trained.origins),
         "selection": selection._asdict() if selection.lossy else "exact",
         "start": pruned.start,
         "ranks": pruned.ranks,

@@ -27,13 +27,14 @@ from lorakit import __version__, manifest
 from lorakit.adapter import Adapter
 from lorakit.disk import whole_folder
 from lorakit.errors import FolderError, several
+from lorakit.models.fingerprint import Fingerprint
 from lorakit.models.heads import CLASSIFIER, Head
 from lorakit.optim import load_state_tensors, state_tensors
 from lorakit.schema import misfits
 from lorakit.train import Progress, Trainee
 
-FORMAT = 2
-"""1 had no manifest, and was of classifiers only."""
+FORMAT = 3
+"""1 had no manifest, and was of classifiers only; 2 knew one best step, and not its base."""
 
 
 class Meta(NamedTuple):
@@ -54,6 +55,10 @@ class Meta(NamedTuple):
     """PEFT's word for the task."""
     multiple: bool = False
     """Whether a text may have any number of the labels."""
+    base: Fingerprint | None = None
+    """Of the base model that it was trained over."""
+    origins: dict[str, str | None] = {}  # noqa: RUF012
+    """Of the rows that it was trained on, as `data.Splits` has them."""
 
     @property
     def task_head(self) -> Head:
@@ -70,7 +75,7 @@ def write(
         _write(_whole_tensors(whole), temporary / "head.safetensors")
         _write(_state_tensors(trainee), temporary / "state.safetensors")
         state = {"lorakit": __version__, **meta._asdict()}
-        (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        (temporary / "state.json").write_text(json.dumps(state, indent=1, default=asdict) + "\n")
         (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
         manifest.write(temporary)
 
@@ -137,7 +142,7 @@ def load_state(folder: Path, trainee: Trainee) -> None:
     """
     path = folder / "state.safetensors"
     parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "controller": {}, "random": {}}
-    progress = _typed(Progress, meta(folder).progress, folder / "state.json")
+    progress = _progress(folder)
     try:
         for key, value in _read(path).items():
             part, _, name = key.partition("/")
@@ -152,6 +157,14 @@ def load_state(folder: Path, trainee: Trainee) -> None:
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
         raise FolderError(f"{path} does not fit this run: {error!r}.") from error
     vars(trainee.progress).update(asdict(progress))
+
+
+def _progress(folder: Path) -> Progress:
+    """How far a checkpoint is, of earlier formats too."""
+    given = meta(folder).progress
+    if given.get("best_step") is not None:
+        given = {**given, "best": [(given["best_step"], given.get("best_score"))]}
+    return _typed(Progress, given, folder / "state.json")
 
 
 @torch.no_grad()

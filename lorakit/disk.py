@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from hashlib import file_digest, sha256
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -115,6 +116,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file in hex digits; of a folder, of the names and digests of all its files."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    files = (each for each in sorted(path.rglob("*")) if each.is_file())
+    told = "".join(f"{digest(each)} {each.relative_to(path)}\n" for each in files)
+    return sha256(told.encode()).hexdigest()
 
 
 def refuse_existing(path: Path, otherwise: str) -> None:

@@ -152,6 +152,16 @@ def measured_table(
     return table
 
 
+def scored_table(rows: Sequence[tuple[str, str, int, Mapping[str, float]]]) -> Table:
+    """A line for each task and split: how many rows it has, and its scores."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in ("task", "split", "rows", "scores"):
+        table.add_column(name, justify="right" if name == "rows" else "left")
+    for task, split, count, values in rows:
+        table.add_row(task, split, f"{count:,}", scores(values))
+    return table
+
+
 def two_columns(rows: Sequence[tuple[str, str]]) -> Table:
     """Names and values, without lines."""
     table = Table.grid(padding=(0, 2))

@@ -145,7 +145,8 @@ def checkpoints(prepared: Prepared) -> int:
     """How many a run leaves at most; each evaluation may bring one that is the best so far."""
     table, section = prepared.timetable, prepared.recipe.train
     if section.keep_last is not None:
-        return section.keep_last + 2  # the best, and one that is being written
+        best = section.keep_best or 1
+        return section.keep_last + best + 1  # one that is being written
     every = [n for n in (table.save_every, table.eval_every) if n is not None]
     return 1 + sum(table.steps // n for n in every)
 

@@ -1,14 +1,16 @@
 """Scores a run, a checkpoint or a PEFT folder on a task."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from lorakit import tasks
 from lorakit.engine import Engine
-from lorakit.errors import DataError, LorakitError
+from lorakit.errors import DataError, LorakitError, several
 from lorakit.tasks import Task, TaskSection
+from lorakit.tasks.own import OWN
 from lorakit.trained import Trained
 
 
@@ -40,34 +42,72 @@ class Scored:
     notes: tuple[str, ...]
 
 
-def score(trained: Trained, wanted: Wanted, precision: str) -> Scored:
-    """Scores `trained`.
+def each(wanted: Wanted) -> list[Wanted]:
+    """One for every task and every split, where commas stand between several."""
+    named = [None] if wanted.task is None else names_in(wanted.task)
+    splits = names_in(wanted.split)
+    return [replace(wanted, task=task, split=split) for task in named for split in splits]
+
+
+def names_in(given: str) -> list[str]:
+    """Names with commas between them, each once; one at least, which may be empty."""
+    found = dict.fromkeys(name for part in given.split(",") if (name := part.strip()))
+    return list(found) or [given]
+
+
+def score(trained: Trained, wanted: Sequence[Wanted], precision: str) -> list[Scored]:
+    """Scores `trained` on each task and split.
 
     Raises:
-        DataError: rows are missing, or the task's labels are not the head's.
-        LorakitError: no task is named and none is known.
+        DataError, LorakitError: before anything is computed, of all that are wanted: no task is
+            named and none is known; rows or their labels are missing, or the task's labels are not
+            the head's.
 
     """
-    name, task = _ready(trained, wanted)
+    ready = _each_ready(trained, wanted, scored=True)
     engine = Engine()
     model = engine.prepare(trained.model)
-    scores = tasks.evaluate(model, task, wanted.split, wanted.batch_size, engine.device)
-    rows = task.rows(wanted.split)
-    return Scored(trained.path, name, wanted.split, rows, precision, scores, task.notes)
+    found = []
+    for one, (name, task) in zip(wanted, ready, strict=True):
+        scores = tasks.evaluate(model, task, one.split, one.batch_size, engine.device)
+        rows, notes = task.rows(one.split), task.notes
+        if len(ready) > 1:
+            notes = tuple(f"{name}: {note}" for note in notes)
+        found.append(Scored(trained.path, name, one.split, rows, precision, scores, notes))
+    return found
 
 
-def outputs(trained: Trained, wanted: Wanted) -> tuple[Tensor, tuple[str, ...]]:
-    """What `trained` says of each row, (rows, outputs), and what was done to the rows.
+def outputs(trained: Trained, wanted: Sequence[Wanted]) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+    """Of each task and split, what `trained` says of its rows, (rows, outputs), and what was done
+    to them.
 
     Raises:
         DataError, LorakitError: as `score`, but rows need no labels.
 
     """
-    _, task = _ready(trained, wanted)
+    ready = _each_ready(trained, wanted, scored=False)
     engine = Engine()
     model = engine.prepare(trained.model)
-    found = tasks.outputs(model, task, wanted.split, wanted.batch_size, engine.device)
-    return found, task.notes
+    for one, (_, task) in zip(wanted, ready, strict=True):
+        found = tasks.outputs(model, task, one.split, one.batch_size, engine.device)
+        yield found, task.notes
+
+
+def _each_ready(trained: Trained, wanted: Sequence[Wanted], scored: bool) -> list[tuple[str, Task]]:
+    """The tasks, by name, with the rows that are wanted; all faults at once."""
+    found, faults = [], []
+    for one in wanted:
+        try:
+            found.append(_ready(trained, one))
+            if scored:
+                tasks.refuse_unlabelled(found[-1][1], one.split)
+        except LorakitError as error:
+            if len(wanted) == 1:
+                raise
+            faults.append(f"{' '.join(filter(None, (one.task, one.split)))}: {error}")
+    if faults:
+        raise DataError(several("nothing was scored", faults))
+    return found
 
 
 def task_name(trained: Trained, wanted: Wanted) -> str:
@@ -95,16 +135,20 @@ def task_for(trained: Trained, wanted: Wanted) -> tuple[str, Task]:
     recipe, name = trained.recipe, task_name(trained, wanted)
     if recipe is not None and name == recipe.task.name:
         section, data = recipe.task, recipe.data
-    elif name in tasks.OWN:
+    elif name in OWN:
         raise LorakitError(f"--task {name}: {trained.path} carries no `data` section for it.")
     else:
-        length = recipe.task.max_length if recipe else TaskSection(name=name).max_length
-        section, data = TaskSection(name=name, max_length=length), None
-    if wanted.data_dir is not None and name in tasks.OWN:
+        section, data = _of_glue(recipe.task, name) if recipe else TaskSection(name=name), None
+    if wanted.data_dir is not None and name in OWN:
         raise LorakitError(f"--data-dir is for GLUE tasks; {name} has its rows in the recipe.")
     if wanted.data_dir is not None:
         section = section.model_copy(update={"data_dir": wanted.data_dir})
     return name, tasks.build(section, data)
+
+
+def _of_glue(trained_on: TaskSection, name: str) -> TaskSection:
+    """Another task of GLUE's as the one that was trained on: as long texts, of the same folder."""
+    return TaskSection(name=name, max_length=trained_on.max_length, data_dir=trained_on.data_dir)
 
 
 def check_fit(trained: Trained, task: Task, name: str) -> None:

@@ -124,7 +124,7 @@ def plan(
     if not any(chosen.values()) and not faults:
         faults.append("every rank is 0")
     if faults:
-        raise RecipeError(several("the ranks do not fit the model", faults))
+        raise RecipeError(several("adapter.rank, adapter.ranks: they do not fit the model", faults))
     return {
         name: Plan(rank, config.scale, starts.get(name) if starts else None)
         for name, rank in chosen.items()

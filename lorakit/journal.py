@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -91,14 +92,23 @@ class Journal:
             precision=_precision(prepared.base),
             kind=head.kind,
             multiple=head.multiple,
+            base=prepared.base.fingerprint,
+            origins=dict(prepared.task.origins),
         )
         with self._rows() as path:
             sync(path)  # all that comes before the checkpoint
         run_folder.save(self.folder, trainee, prepared.whole_modules(), meta)
-        if prepared.recipe.train.keep_last is not None:
-            lengths = (stage.steps for stage in trainee.controller.stages())
-            ends = set(accumulate(lengths))
-            run_folder.keep_newest(self.folder, prepared.recipe.train.keep_last, ends)
+        self._thin_out(trainee)
+
+    def _thin_out(self, trainee: Trainee) -> None:
+        """Removes the checkpoints that the recipe does not ask to be kept."""
+        count, timetable = self.prepared.recipe.train.keep_last, self.prepared.timetable
+        if count is None:
+            return
+        ends = accumulate(stage.steps for stage in trainee.controller.stages())
+        best = (step for step, _ in trainee.progress.best)
+        due = partial(timetable.due, every=timetable.save_every)
+        run_folder.thin_out(self.folder, count, due, {*ends, *best})
 
     @contextmanager
     def _rows(self) -> Iterator[Path]:

@@ -17,7 +17,7 @@ from lorakit.errors import DataError, LorakitError
 from lorakit.inputs import Asked, Input
 from lorakit.models.heads import CLASSIFIER, WRITERS, Head
 from lorakit.tasks import TaskSection, glue
-from lorakit.tasks.generation import complete, prompt_of
+from lorakit.tasks.generation import column_of, complete, prompt_of
 from lorakit.trained import Trained, logits
 
 WINDOW = 8
@@ -87,16 +87,15 @@ class Counts:
 def reading(trained: Trained, columns: tuple[str, ...] | None) -> Asked:
     """How inputs are to be read for this model, as far as its recipe tells."""
     recipe, words = trained.recipe, trained.head.kind == "TOKEN_CLS"
-    if trained.head.kind in WRITERS:
-        return Asked(columns, 1)
-    if recipe is None:
-        return Asked(columns, None, words)
-    if recipe.task.name in glue.TASKS:
+    writes = trained.head.kind in WRITERS
+    if recipe is not None and recipe.task.name in glue.TASKS:
         return Asked(columns, len(glue.TASKS[recipe.task.name].hub))
-    named = recipe.data.text if recipe.data else None
+    if recipe is None or recipe.data is None:
+        return Asked(columns, 1 if writes else None, words)
+    named = column_of(recipe.task, recipe.data) if writes else recipe.data.text
     if named is None:
-        return Asked(columns, None, words)
-    names = (named,) if isinstance(named, str) else tuple(named)
+        return Asked(columns, 1 if writes else None, words)
+    names = (named,) if isinstance(named, str) else named
     return Asked(columns or names, len(names), words)
 
 

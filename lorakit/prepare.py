@@ -57,13 +57,13 @@ def prepare(recipe: Recipe, processes: int = 1) -> Prepared:
         LorakitError: something the recipe names is not there or does not fit.
 
     """
-    recipe = settled(recipe)
+    recipe, found_in_rows = settled(recipe)
     task = tasks.build(recipe.task, recipe.data)
     base = models.load(recipe.model, task.head(), recipe.seed)
     _check_fit(recipe, task, base)
     task.check(base.model)
     task = task.ready(base.tokenizer)
-    config, notes = recipe.adapter, [*base.notes, *_of_rows(task)]
+    config, notes = recipe.adapter, [*base.notes, *found_in_rows, *_of_rows(task)]
     whole = trained_whole(base.model, base.head, config.also_train)
     found = sites(base.model, config, whole)
     ranks, starts = None, None
@@ -121,14 +121,17 @@ def _checkpoint(model: nn.Module) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
 
-def settled(recipe: Recipe) -> Recipe:
-    """The recipe with what it leaves to be found from its rows; a run's own has it written out.
+def settled(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with what it leaves to be found from its rows, and what was found, to be said.
+
+    A run's own recipe has it written out.
 
     Raises:
         DataError: the rows are missing, or none that the task knows.
 
     """
-    return recipe.model_copy(update={"task": tasks.settled(recipe.task, recipe.data)})
+    task, data, notes = tasks.settled(recipe.task, recipe.data)
+    return recipe.model_copy(update={"task": task, "data": data}), notes
 
 
 def _of_rows(task: tasks.Task) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from lorakit.engine import Engine
 from lorakit.environment import changes, environment
 from lorakit.errors import FolderError, NotFiniteError, RecipeError, Stopped, several
 from lorakit.journal import Journal, Screen
+from lorakit.models import fingerprint
 from lorakit.prepare import Prepared, prepare, settled
 from lorakit.sections import Recipe
 from lorakit.train import Progress, Trainee, finished, train
@@ -38,8 +39,9 @@ class Outcome:
     """What a person must know of how it went."""
 
 
-def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome | None:
-    """Trains a recipe into its `output_dir`, or goes on where `resume` finds it.
+def run(recipe: Recipe, resume: bool, screen: Screen, force: bool = False) -> Outcome | None:
+    """Trains a recipe into its `output_dir`, or goes on where `resume` finds it; with `force` over
+    a base model of other weights, too.
 
     Of several processes the first writes, speaks and answers; the others return None.
 
@@ -50,7 +52,7 @@ def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome | None:
     """
     folder, engine = Path(recipe.output_dir), Engine()
     if resume:
-        check_resumable(settled(recipe), folder)
+        check_resumable(settled(recipe)[0], folder)
     else:
         refuse_existing(folder, "Go on with --resume, or choose another name: output_dir=NAME.")
     engine.wait()  # all have looked before one writes
@@ -58,7 +60,7 @@ def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome | None:
         if resume:
             held.enter_context(_alone(folder, engine))
         prepared = prepare(recipe, engine.processes)
-        trainee = _begun(prepared, folder, resume, engine, screen)
+        trainee = _begun(prepared, folder, resume, engine, screen, force)
         if not resume:
             held.enter_context(_alone(folder, engine))
         _finish(prepared, trainee, folder, engine, screen)
@@ -71,7 +73,7 @@ def run(recipe: Recipe, resume: bool, screen: Screen) -> Outcome | None:
 
 
 def _begun(
-    prepared: Prepared, folder: Path, resume: bool, engine: Engine, screen: Screen
+    prepared: Prepared, folder: Path, resume: bool, engine: Engine, screen: Screen, force: bool
 ) -> Trainee:
     """What is to be trained, as it starts or as it was left; the folder is made, or put in order.
 
@@ -86,6 +88,11 @@ def _begun(
         screen.warn(f"{fault}\n  It was put aside; an older checkpoint is taken.")
     if last is not None:
         _refuse_other(prepared.recipe, last)
+        known, found = checkpoint.meta(last).base, prepared.base.fingerprint
+        warnings = fingerprint.refuse_other(last, known, found, None if force else "Put it back")
+        warnings += _other_rows(last, prepared.task.origins, force)
+        for warning in warnings if engine.is_main else ():
+            screen.warn(warning)
         checkpoint.load_weights(last, prepared.layers, prepared.whole_modules())
     trainee = _trainee(prepared, engine)  # after the weights: they may have been compacted
     if not resume:
@@ -186,8 +193,12 @@ def check_resumable(recipe: Recipe, folder: Path) -> None:
 
 
 def _refuse_other(recipe: Recipe, folder: Path) -> None:
-    """Raises FolderError where `folder`, a run or a checkpoint, carries another recipe."""
-    if changed := recipes.differences(recipes.restore(folder), recipe):
+    """Raises FolderError where `folder`, a run or a checkpoint, carries another recipe.
+
+    Earlier versions left more to be found from the rows: what they wrote is settled as well.
+    """
+    then, _ = settled(recipes.restore(folder))
+    if changed := recipes.differences(then, recipe):
         raise FolderError(several(f"--resume: {folder} was started with another recipe", changed))
 
 
@@ -214,7 +225,12 @@ def _make(folder: Path, prepared: Prepared, engine: Engine) -> None:
     """The run folder with what is known before training."""
     if not engine.is_main:
         return
-    known = environment(engine) | {"revisions": {"model": prepared.base.commit}}
+    known = environment(engine) | {
+        "revisions": {
+            "model": prepared.base.fingerprint.commit,
+            "data": dict(prepared.task.origins),
+        }
+    }
     with whole_folder(folder) as temporary:
         (temporary / "recipe.yaml").write_text(recipes.dump(prepared.recipe), encoding="utf-8")
         (temporary / "environment.json").write_text(json.dumps(known, indent=2) + "\n")
@@ -232,7 +248,7 @@ def _go_on(folder: Path, last: Path | None, trainee: Trainee, engine: Engine) ->
     for place in (folder, folder / "checkpoints"):
         sweep(place)
     path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= trainee.progress.step]
     write_text(path, "".join(kept))
 
@@ -246,11 +262,29 @@ def _moved(folder: Path, engine: Engine) -> list[str]:
     return changes(then, environment(engine))
 
 
+def _other_rows(folder: Path, now: Mapping[str, str | None], force: bool) -> tuple[str, ...]:
+    """What is to be said of rows that are others than those the checkpoint was trained on.
+
+    Raises:
+        FolderError: instead, but for `force`.
+
+    """
+    then = checkpoint.meta(folder).origins
+    known = {name: origin for name, origin in now.items() if origin and then.get(name)}
+    faults = [f"{n}: {then[n]} then, {here} now" for n, here in known.items() if then[n] != here]
+    if not faults:
+        return ()
+    fault = several(f"{folder} was trained on other rows", faults)
+    if not force:
+        raise FolderError(f"{fault}\n  Put them back, or go on by --force.")
+    return (fault,)
+
+
 def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite where a crash cut the line off."""
+    """The step of a line of metrics.jsonl; infinite where a crash, or a disk, left no such line."""
     try:
         return float(json.loads(line)["step"])
-    except ValueError:
+    except (ValueError, LookupError, TypeError, RecursionError):
         return float("inf")
 
 

@@ -12,7 +12,7 @@ All of it is written under a temporary name, fsynced, then renamed, but for metr
 grows.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -46,14 +46,24 @@ def save(run: Path, trainee: Trainee, whole: Mapping[str, nn.Module], meta: Meta
     return folder
 
 
-def keep_newest(run: Path, count: int, spared: Container[int]) -> None:
-    """Removes all checkpoints but the newest, the best, and those of the steps `spared`."""
-    steps = _steps(run)
-    best = run / "checkpoints" / "best"
-    named = best.read_text().strip() if best.is_file() else None
-    for folder in steps[:-count]:
-        if folder.name != named and _step_of(folder) not in spared:
-            remove(folder)
+def thin_out(run: Path, count: int, due: Callable[[int], bool], spared: Container[int]) -> None:
+    """Removes the checkpoints that are not `staying`."""
+    folders = {_step_of(folder): folder for folder in _steps(run)}
+    for step in folders.keys() - staying(list(folders), count, due, spared):
+        remove(folders[step])
+
+
+def staying(
+    steps: Sequence[int], count: int, due: Callable[[int], bool], spared: Container[int]
+) -> set[int]:
+    """Which of `steps`, in order, stay: the last, to go on from; the newest `count` of those that
+    were `due`; and those `spared`.
+
+    One that was not due, saved since it was the best or the run was stopped, takes no other's
+    place: a run that was stopped keeps what it would have kept.
+    """
+    regular = [step for step in steps if due(step)]
+    return {*steps[-1:], *regular[-count:], *(step for step in steps if step in spared)}
 
 
 def find(path: Path, which: str | None = None) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import InitErrorDetails
 
 
 class Section(BaseModel):
@@ -20,6 +21,26 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         serialize_by_alias=True,
     )
+
+
+def refuse_below(reasons: Mapping[str, str], section: BaseModel) -> None:
+    """In the validator of a field that holds `section`: refuses values of its own keys.
+
+    Raises:
+        ValidationError: there are reasons; each is told where its key is, not where the section is.
+
+    """
+    faults = [
+        InitErrorDetails(
+            type="value_error",
+            loc=(key,),
+            input=getattr(section, key),
+            ctx={"error": ValueError(why)},
+        )
+        for key, why in reasons.items()
+    ]
+    if faults:
+        raise ValidationError.from_exception_data(type(section).__name__, faults)
 
 
 def misfits(error: ValidationError) -> list[str]:

@@ -12,8 +12,9 @@ from lorakit import variants
 from lorakit.adapter import VariantConfig
 from lorakit.data import DataSection
 from lorakit.models import ModelSection
-from lorakit.schema import Section
-from lorakit.tasks import OWN, TaskSection, glue
+from lorakit.schema import Section, refuse_below
+from lorakit.tasks import TaskSection, glue
+from lorakit.tasks.own import OWN, misfits
 from lorakit.timetable import TrainSection
 from lorakit.yamltext import Path as KeyPath
 
@@ -61,6 +62,8 @@ class Recipe(Section):
             raise ValueError(f"task.name {task.name} needs a `data` section with its files")
         if task is not None and task.name not in OWN and data is not None:
             raise ValueError(f"{task.name} brings its own rows; `data` would be ignored")
+        if task is not None and data is not None:
+            refuse_below(misfits(task, data), data)
         return data
 
 

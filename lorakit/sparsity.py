@@ -167,7 +167,8 @@ class Sparsity(Section):
     @field_validator("retrain")
     @classmethod
     def _something_moves_at_rest(cls, retrain: bool, others: ValidationInfo) -> bool:
-        if not retrain and others.data.get("schedule") == "constant" and not others.data["dense"]:
+        unstaged = others.data.get("schedule") == "constant" and others.data.get("dense") == 0
+        if not retrain and unstaged:
             raise ValueError("false takes stages: a growing `schedule`, or a `dense` one")
         if not retrain and "xi" in others.data and others.data["xi"] is None:
             raise ValueError("false takes `xi`: lambda times a rate of 0 is no threshold")

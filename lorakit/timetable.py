@@ -44,7 +44,11 @@ class TrainSection(OptimSection):
     save_every: Interval = 100
     """Steps between checkpoints, or epochs as above; null: at the end, and the best."""
     keep_last: PositiveInt | None = None
-    """How many checkpoints are kept besides the best and those at the ends of stages; null: all."""
+    """How many of the newest checkpoints are kept, besides the best and those at the ends of
+    stages; null: all."""
+    keep_best: PositiveInt | None = Field(None, validate_default=True)
+    """With `keep_last`, how many of the best by `best` are kept besides, each saved when it is
+    scored; of equal ones the earlier; null: the best one."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What follows a loss or gradient that is no finite number: the run stops before the weights
     are touched, or leaves the step out, at most ten in a row."""
@@ -69,6 +73,17 @@ class TrainSection(OptimSection):
                 "train.steps=N takes '~train.epochs' beside it where the recipe names epochs"
             )
         return steps
+
+    @field_validator("keep_best")
+    @classmethod
+    def _some_leave(cls, count: int | None, others: ValidationInfo) -> int | None:
+        if count is None:
+            return count
+        if others.data.get("keep_last", 1) is None:
+            raise ValueError("without train.keep_last all checkpoints are kept; give both")
+        if others.data.get("eval_every", 1) is None:
+            raise ValueError("train.eval_every: null scores the last step alone; nothing to rank")
+        return count
 
     def timetable(self, steps_an_epoch: int) -> Timetable:
         """The run's length and intervals in steps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite, isnan
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
@@ -35,8 +35,8 @@ class Progress:
     """How far a run is: what must survive a restart besides tensors."""
 
     step: int = 0
-    best_step: int | None = None
-    best_score: float | None = None
+    best: list[tuple[int, float]] = field(default_factory=list)
+    """Steps and scores of the best evaluations since ranks have settled, the best one first."""
     stale: int = 0
     """Evaluations since the best one."""
     loss: float = 0.0
@@ -46,18 +46,24 @@ class Progress:
     """Steps not taken in this run, for want of a finite loss."""
     skipped_in_a_row: int = 0
 
-    def judge(self, score: float) -> bool:
-        """Takes note of a score, higher being better; whether it is the best so far."""
-        better = self.best_score is None or score > self.best_score
-        if better:
-            self.best_step, self.best_score, self.stale = self.step, score, 0
-        else:
-            self.stale += 1
-        return better
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best evaluation, if there is one."""
+        return self.best[0][0] if self.best else None
+
+    def judge(self, score: float, places: int = 1) -> bool:
+        """Takes note of a score, higher being better; whether it is among the `places` best so far.
+
+        Of equal ones the earliest is the best, and no number is worse than any.
+        """
+        here = (self.step, -inf if isnan(score) else score)
+        self.best = sorted([*self.best, here], key=lambda known: -known[1])[:places]
+        self.stale = 0 if self.best[0] == here else self.stale + 1
+        return here in self.best
 
     def forget_best(self) -> None:
         """Ranks have moved: what was the best is another model."""
-        self.best_step, self.best_score, self.stale = None, None, 0
+        self.best, self.stale = [], 0
 
     def mean_loss(self) -> float | None:
         """Since this was last asked; None where no step was taken."""
@@ -173,7 +179,7 @@ def train(
             known = {"stage": place.number, "train": score(sample, "train")} if stage_over else {}
             observer.log({"step": step, **scores, **known})
             if controller.settled():
-                better = progress.judge(headline(scores, section.best))
+                better = progress.judge(headline(scores, section.best), section.keep_best or 1)
         over = finished(progress, section, timetable)
         stop = engine.any(observer.stopping())
         if better or over or stop or stage_over or timetable.due(step, timetable.save_every):

@@ -1,7 +1,7 @@
 """A finished adapter, back in its base model: from a run, a checkpoint, a PEFT or packed folder."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ from lorakit.adapter import Plan
 from lorakit.errors import FolderError, several
 from lorakit.fitting import with_codes, with_pairs
 from lorakit.inject import Layers, inject
-from lorakit.models import ModelSection, Precision
+from lorakit.models import ModelSection, Precision, fingerprint
+from lorakit.models.fingerprint import Fingerprint
 from lorakit.models.heads import CLASSIFIER, Head
 from lorakit.prune import Pairs, plain
 from lorakit.schema import misfits
@@ -39,6 +40,10 @@ class Card(BaseModel):
     multiple: bool = False
     form: str = "plain"
     bytes_by_form: dict[str, int] = {}
+    base: Fingerprint | None = None
+    """Of the base model that it was trained over."""
+    origins: dict[str, str | None] = {}
+    """Of the rows that it was trained on."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Trained:
     """Ranks at the start, by module."""
     size: int
     """Bytes of adapter and head on disk."""
+    fingerprint: Fingerprint
+    """Of the base that it was trained over, as far as that is known."""
     scores: Mapping[str, float]
     """On the validation rows, from the run."""
     step: int | None = None
@@ -64,6 +71,10 @@ class Trained:
     """What the base was stored in when `scores` were taken."""
     card: Card | None = None
     """lorakit.json of a pruned folder."""
+    origins: Mapping[str, str | None] = field(default_factory=dict)
+    """What tells the rows that it was trained on from others, by setting or file."""
+    warnings: tuple[str, ...] = ()
+    """What a person must know of how it was opened."""
 
 
 def open_trained(
@@ -71,8 +82,11 @@ def open_trained(
     which: str | None = None,
     precision: Precision = "fp32",
     base: str | None = None,
+    force: bool = False,
 ) -> Trained:
     """Loads what stands at `path`; `which` picks a run's checkpoint, `base` another base model.
+
+    Over a base of other weights than it was trained over it is opened with `force` alone.
 
     Raises:
         FolderError: nothing of the four stands there, or it does not fit its base.
@@ -86,8 +100,8 @@ def open_trained(
         if known(path):
             if which is not None:
                 raise FolderError(f"{path} is a {kind} folder; --checkpoint chooses within a run.")
-            return _from_folder(path, read, precision, base)
-    return _from_checkpoint(run_folder.find(path, which), precision, base)
+            return _from_folder(path, read, precision, base, force)
+    return _from_checkpoint(run_folder.find(path, which), precision, base, force)
 
 
 def pairs_at(path: Path) -> tuple[Pairs, dict[str, dict[str, Tensor]]]:
@@ -106,7 +120,9 @@ def ranks_at(path: Path) -> dict[str, int]:
     return {name: layer.rank() for name, layer in open_trained(path).layers.items()}
 
 
-def _from_checkpoint(folder: Path, precision: Precision, other_base: str | None) -> Trained:
+def _from_checkpoint(
+    folder: Path, precision: Precision, other_base: str | None, force: bool
+) -> Trained:
     recipe, meta = recipes.restore(folder), checkpoint.meta(folder)
     section = _section(recipe.model, precision, other_base)
     head = meta.task_head
@@ -128,9 +144,12 @@ def _from_checkpoint(folder: Path, precision: Precision, other_base: str | None)
         recipe=recipe,
         start={name: rank for name, (rank, _) in meta.plans.items()},
         size=size,
+        fingerprint=meta.base or base.fingerprint,
         scores=meta.scores,
         step=meta.step,
         precision=meta.precision,
+        origins=meta.origins,
+        warnings=_of_base(folder, meta.base, base, force),
     )
 
 
@@ -177,8 +196,10 @@ def _from_folder(
     read: Callable[[Path, Card | None], Finished],
     precision: Precision,
     other_base: str | None,
+    force: bool,
 ) -> Trained:
     card = _card(folder)
+    trained_over = card.base if card else None
     found = read(folder, card)
     recipe = recipes.restore(folder) if (folder / "recipe.yaml").is_file() else None
     named = recipe.model if recipe else found.base
@@ -198,11 +219,22 @@ def _from_folder(
         recipe=recipe,
         start=found.start,
         size=found.size,
+        fingerprint=trained_over or base.fingerprint,
         scores=card.scores if card else {},
         step=card.step if card else None,
         precision=card.precision if card else None,
         card=card,
+        origins=card.origins if card else {},
+        warnings=_of_base(folder, trained_over, base, force),
     )
+
+
+def _of_base(
+    origin: Path, trained_over: Fingerprint | None, base: models.Base, force: bool
+) -> tuple[str, ...]:
+    """What is to be said of the base; FolderError where it is another one, but for `force`."""
+    remedy = None if force else "Name the right one by --base"
+    return fingerprint.refuse_other(origin, trained_over, base.fingerprint, remedy)
 
 
 def _card(folder: Path) -> Card | None:

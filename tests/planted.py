@@ -6,7 +6,7 @@ A test bed, never shipped: every variant should find it, and one that learns ran
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class Planted:
     x: Tensor
     y: Tensor
     notes: tuple[str, ...] = ()
+    origins: Mapping[str, str | None] = field(default_factory=dict)
 
     def head(self) -> Head:
         return Head()

@@ -45,36 +45,10 @@ def refused(lorakit: Lorakit, recipe: Path) -> Callable[..., str]:
     return run
 
 
-@pytest.fixture(scope="module")
-def trained(tiny: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run of two labels on the tiny model, and its pruned folder."""
-    from lorakit.cli import main
-
-    folder = tmp_path_factory.mktemp("trained")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        json.dumps(
-            {
-                "model": {"name": str(tiny), "precision": "fp32"},
-                "task": {"name": "classification", "max_length": 24},
-                "data": {"train": str(reviews)},
-                "adapter": {"variant": "lora", "rank": 2},
-                "train": {"steps": 2, "save_every": 1},
-                "output_dir": str(folder / "run"),
-            }
-        )
-    )
-    for arguments in (["train", str(recipe), "--json"], ["prune", str(folder / "run"), "--json"]):
-        with pytest.raises(SystemExit) as end:
-            main(arguments)
-        assert not end.value.code
-    return folder / "run"
-
-
 @pytest.fixture
-def run(trained: Path, recipe: Path) -> Path:
+def run(done: Path, recipe: Path) -> Path:
     """A copy of the run in the working folder: `done`."""
-    return shutil.copytree(trained, recipe.parent / "done")
+    return shutil.copytree(done, recipe.parent / "done")
 
 
 @pytest.fixture
@@ -376,11 +350,8 @@ def test_a_path_with_no_adapter(refused: Callable[..., str], recipe: Path, comma
 
 
 @pytest.mark.parametrize("command", ["prune", "eval"])
-@pytest.mark.parametrize("text", ["{", "", "[]"])
-def test_a_broken_adapter_config(
-    refused: Callable[..., str], peft: Path, command: str, text: str
-) -> None:
-    (peft / "adapter_config.json").write_text(text)
+def test_a_broken_adapter_config(refused: Callable[..., str], peft: Path, command: str) -> None:
+    (peft / "adapter_config.json").write_text("{")
     assert refused(command, "adapter").startswith("adapter/adapter_config.json: 1 fault\n")
 
 

@@ -1,13 +1,12 @@
 """Which columns are read, and what a cell may hold."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from conftest import jsonl
 
 from lorakit import data
 from lorakit.data import DataSection, Splits, labels
@@ -19,12 +18,6 @@ from lorakit.errors import DataError
 
 def found(*columns: str, texts: tuple[str, ...] | None = None, label: str | None = None) -> Any:
     return tuple(Asked(texts, label, labels.ONE).among(columns))
-
-
-def jsonl(folder: Path, rows: Sequence[dict[str, Any]], name: str = "a.jsonl") -> str:
-    path = folder / name
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return str(path)
 
 
 def read(train: str, kind: Kind = labels.ONE, **settings: Any) -> Splits[Rows]:
@@ -139,9 +132,9 @@ def Counts(items: list[str]) -> dict[str, int]:  # noqa: N802
 
 @pytest.mark.parametrize("label", ["null", "NaN", '""', '" "'])
 def test_a_row_without_a_label_is_refused_with_its_line(tmp_path: Path, label: str) -> None:
-    path = tmp_path / "a.jsonl"
+    path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"text": "a", "label": "x"}}\n{{"text": "b", "label": {label}}}\n')
-    assert refused(str(path)) == "data.train: a.jsonl line 2: no value in column 'label'."
+    assert refused(str(path)) == "data.train: rows.jsonl line 2: no value in column 'label'."
 
 
 def test_a_label_that_is_nan_in_a_parquet_file_is_refused_with_its_row(tmp_path: Path) -> None:
@@ -176,10 +169,10 @@ def test_a_regression_is_split_without_regard_to_its_numbers(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([1, 2, "three"], "a.jsonl line 3: label 'three': expected a finite number."),
-        ([1, 2, "nan"], "a.jsonl line 3: label 'nan': expected a finite number."),
-        ([1, 2, 1e999], "a.jsonl line 3: label 'inf': expected a finite number."),
-        ([1, [2]], "a.jsonl line 2: column 'label' holds a list; expected a single label."),
+        ([1, 2, "three"], "rows.jsonl line 3: label 'three': expected a finite number."),
+        ([1, 2, "nan"], "rows.jsonl line 3: label 'nan': expected a finite number."),
+        ([1, 2, 1e999], "rows.jsonl line 3: label 'inf': expected a finite number."),
+        ([1, [2]], "rows.jsonl line 2: column 'label' holds a list; expected a single label."),
         ([2, 2.0, "2"], "all 3 rows of "),
     ],
 )

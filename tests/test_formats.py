@@ -1,13 +1,13 @@
 """Records become turns: the formats, how they are found, and what is no row to learn from."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import jsonl
 
 from lorakit.data import DataSection
-from lorakit.data.dialogues import Dialogues, format_of, read
+from lorakit.data.dialogues import Dialogues, layout_of, read
 from lorakit.data.formats import Turn, Wanted, fields, layout, turns
 from lorakit.data.sources import Record
 from lorakit.errors import DataError
@@ -38,12 +38,6 @@ def refused(row: Record, **wanted: Any) -> str:
     with pytest.raises(DataError) as refusal:
         said(row, **wanted)
     return str(refusal.value)
-
-
-def written(folder: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
-    path = folder / name
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return str(path)
 
 
 def texts(rows: Dialogues) -> list[str]:
@@ -165,7 +159,7 @@ def test_what_cannot_be_learnt_from_is_refused_with_its_place(case: str) -> None
 
 
 def test_a_later_row_without_a_column_is_refused_with_its_place(tmp_path: Path) -> None:
-    path = written(tmp_path, [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
+    path = jsonl(tmp_path, [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
     with pytest.raises(DataError, match=r"data.train: rows.jsonl line 2: no column 'completion'"):
         read(DataSection(train=path), Wanted())
 
@@ -180,7 +174,7 @@ def test_no_rows_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_share_is_held_out_and_every_row_is_in_one_split(tmp_path: Path) -> None:
-    path = written(tmp_path, [{"text": f"row {i}"} for i in range(20)])
+    path = jsonl(tmp_path, [{"text": f"row {i}"} for i in range(20)])
     splits = read(DataSection(train=path, held_out=0.25), Wanted())
     train, valid = (texts(splits.rows[name]) for name in ("train", "validation"))
     assert (len(train), len(valid)) == (15, 5)
@@ -192,12 +186,12 @@ def test_a_share_is_held_out_and_every_row_is_in_one_split(tmp_path: Path) -> No
 
 def test_of_a_single_row_none_can_be_held_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"of 1 rows 0.2 cannot be held out; none would be left"):
-        read(DataSection(train=written(tmp_path, [{"text": "a"}])), Wanted())
+        read(DataSection(train=jsonl(tmp_path, [{"text": "a"}])), Wanted())
 
 
 def test_rows_that_repeat_or_are_scored_are_left_out_and_counted(tmp_path: Path) -> None:
     pair = [{"prompt": "a", "completion": c} for c in ("b", "c", "b", "d")]
-    train, valid = written(tmp_path, pair), written(tmp_path, pair[3:], "valid.jsonl")
+    train, valid = jsonl(tmp_path, pair), jsonl(tmp_path, pair[3:], "valid.jsonl")
     section = DataSection(train=train, validation=valid)
     splits = read(section, Wanted())
     assert texts(splits.rows["train"]) == ["a", "b", "a", "c"]  # another answer is another row
@@ -211,17 +205,17 @@ def test_rows_that_repeat_or_are_scored_are_left_out_and_counted(tmp_path: Path)
 
 
 def test_white_space_tells_texts_apart(tmp_path: Path) -> None:
-    path = written(tmp_path, [{"text": "if x:\n  y"}, {"text": "if x:\n    y"}])
+    path = jsonl(tmp_path, [{"text": "if x:\n  y"}, {"text": "if x:\n    y"}])
     assert len(texts(read(DataSection(train=path), Wanted()).rows["train"])) == 1  # of two
 
 
 def test_the_format_is_known_from_the_first_row_alone(tmp_path: Path) -> None:
-    path = written(tmp_path, [{"text": "a"}, {"broken": 1}])
-    assert format_of(DataSection(train=path), Wanted()) == "text"
+    path = jsonl(tmp_path, [{"text": "a"}, {"broken": 1}])
+    assert layout_of(DataSection(train=path), Wanted()).format == "text"
 
 
 def test_the_training_rows_decide_how_the_validation_rows_are_read(tmp_path: Path) -> None:
-    train = written(tmp_path, [{"prompt": "a", "completion": "b"}])
-    valid = written(tmp_path, [{"text": "a", "prompt": "x", "completion": "y"}], "valid.jsonl")
+    train = jsonl(tmp_path, [{"prompt": "a", "completion": "b"}])
+    valid = jsonl(tmp_path, [{"text": "a", "prompt": "x", "completion": "y"}], "valid.jsonl")
     splits = read(DataSection(train=train, validation=valid), Wanted())
     assert texts(splits.rows["validation"]) == ["x", "y"]

@@ -62,12 +62,46 @@ def test_a_broken_file_is_refused_in_words_within_a_second(tmp_path: Path, name:
     assert told["taken"] + told["refused"] == EACH
 
 
+def texts(rows: Any) -> list[str]:
+    return [row.cells["text"] for row in rows]
+
+
+def ranks(adapter: Any) -> dict[str, int]:
+    return {name: pair.rank for name, pair in adapter.pairs.items()}
+
+
+PAIRS = {name: pair.rank for name, pair in FUZZ["plain_adapter"]().pairs.items()}
+CODES = {name: pair.rank for name, pair in FUZZ["coded_adapter"]().pairs.items()}
+FIRST = ["warm", "dull"]
+READ: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "recipe": (lambda recipe: isinstance(recipe, Recipe), True),
+    "override": (lambda recipe: recipe.model.name.startswith("package:"), True),
+    "adapter_config.json": (ranks, PAIRS),
+    "adapter_model.safetensors": (ranks, PAIRS),
+    "packed.json": (ranks, CODES),
+    "packed.safetensors": (ranks, CODES),
+    "state.json": (lambda meta: list(meta.labels), ["bad", "good"]),
+    "lorakit.json": (lambda card: (card.labels, card.bytes), (["bad", "good"], (100, 50))),
+    "manifest.json": (lambda nothing: nothing, None),
+    "rows.csv": (texts, ["a film, warm", "dull", "two\nlines"]),
+    "rows.tsv": (texts, ['a "quote"', "dull"]),
+    "rows.jsonl": (texts, FIRST),
+    "rows.json": (texts, FIRST),
+    "rows.parquet": (texts, FIRST),
+    "rows.txt": (texts, ["a first line", "a second one"]),
+    "SST-2/dev.tsv": (lambda splits: len(splits.rows["validation"].texts), 2),
+    "MRPC/dev.tsv": (lambda splits: splits.rows["validation"].texts[1], ("one", "six")),
+}
+"""What each reader makes of its sound file, and what that is."""
+
+
 @pytest.mark.parametrize("name", names())
-def test_what_is_not_broken_is_taken(tmp_path: Path, name: str) -> None:
+def test_what_is_not_broken_is_read_as_it_is(tmp_path: Path, name: str) -> None:
     """Else the test above would pass with readers that refuse everything."""
     target = next(found for found in FUZZ["targets"](tmp_path) if found.name == name)
+    made, expected = READ[name]
     for seed in target.seeds:
-        target.feed(seed)
+        assert made(target.feed(seed)) == expected
 
 
 def test_the_search_sees_what_it_looks_for(tmp_path: Path) -> None:
@@ -176,76 +210,3 @@ def test_hundreds_of_names_over_hundreds_of_modules_take_no_time(tmp_path: Path)
     ranks = Patterns(tmp_path, "rank_pattern", given, 8)
     with within(1.0):
         assert [ranks.of(f"base.{name}") for name in given] == list(given.values())
-
-
-# recipes that hold, and such that cannot
-
-
-def drawn(draw: random.Random) -> dict[str, Any]:
-    """A recipe that holds, whatever is drawn: settings that do not bear on each other."""
-    given: dict[str, Any] = {
-        "model": {"name": draw.choice(["some/base", "./folder"])},
-        "task": {"name": draw.choice(["glue/sst2", "glue/stsb", "classification"])},
-        "adapter": {"variant": draw.choice(VARIANTS)},
-        "output_dir": f"runs/{draw.randrange(10**6)}",
-    }
-    if given["task"]["name"] == "classification":
-        given["data"] = {"train": "x.csv", "held_out": draw.choice([0.1, 0.5])}
-    for section, key, values in DRAWN:
-        if draw.random() < 0.4:
-            given.setdefault(section, {})[key] = draw.choice(values)
-    return given
-
-
-VARIANTS = ("lora", "sora", "adalora", "blora", "dora", "olora", "pissa")
-DRAWN: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
-    ("model", "precision", ("auto", "fp32", "bf16")),
-    ("model", "revision", ("main", None)),
-    ("model", "dropout", (0.0, 0.5, None)),
-    ("task", "max_length", (1, 128, 10**6)),
-    ("adapter", "rank", (8, 64, 10**9)),
-    ("adapter", "alpha", (0.5, 16, 1e-9)),
-    ("adapter", "dropout", (0, 0.0, 0.99)),
-    ("adapter", "targets", ("all-linear", ["query", "value"], [r"layer\.\d+\.query"])),
-    ("adapter", "exclude", ([], ["pooler.dense"])),
-    ("adapter", "layers", ("0", "0-3,5", None)),
-    ("adapter", "also_train", (["embeddings.word"], [])),
-    ("train", "steps", (1, 10**6)),
-    ("train", "batch_size", (1, 4096)),
-    ("train", "accumulate", (1, 64)),
-    ("train", "lr", (1e-9, 1, 3e-4)),
-    ("train", "schedule", ("linear", "cosine", "constant")),
-    ("train", "warmup", (0, 0.5)),
-    ("train", "clip", (None, 0.1)),
-    ("train", "eval_every", (None, 1, "1 epoch", "12 epochs")),
-    ("train", "save_every", (None, 7, "2 epochs")),
-    ("train", "patience", (None, 3)),
-)
-
-
-def test_recipes_that_hold_are_taken_and_come_back_as_they_were(tmp_path: Path) -> None:
-    path, again = tmp_path / "r.yaml", tmp_path / "again.yaml"
-    for number in range(60):
-        given = drawn(random.Random(number))
-        path.write_text(json.dumps(given))  # which is YAML too
-        recipe = recipes.load(path)
-        again.write_text(recipes.dump(recipe))
-        assert recipes.load(again) == recipe
-        assert isinstance(recipe, Recipe)
-
-
-def test_recipes_that_are_changed_end_in_one_message_and_code_2(
-    tmp_path: Path, lorakit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or are recipes still, of a model that is nowhere."""
-    monkeypatch.chdir(tmp_path)
-    for number in range(40):
-        draw = random.Random(f"changed {number}")
-        text = FUZZ["as_yaml"](json.dumps(drawn(draw)).encode(), draw)
-        Path("r.yaml").write_bytes(text)
-        answer = lorakit("train", "r.yaml", "--dry-run")
-        assert (answer.code, answer.out) == (2, ""), text
-        first, *more = answer.err.splitlines()
-        assert first.startswith("error: ")
-        assert all(line.startswith("  ") for line in more)
-        assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]

@@ -1,6 +1,5 @@
 """llama.cpp's adapter file: read by its own package, and computed with as llama.cpp does."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import gguf
 import pytest
 import torch
 import transformers
-from conftest import Answer
+from conftest import Answer, told
 from foreign import DECODERS, adapter, causal, decoder
 from torch.testing import assert_close
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
@@ -37,13 +36,6 @@ ARCHITECTURES = {"Llama": "llama", "Mistral": "llama", "Qwen2": "qwen2", "Qwen3"
 }
 
 
-def told(lorakit: Lorakit, *arguments: object) -> dict[str, Any]:
-    answer = lorakit("export", *arguments, "--json")
-    assert answer.code == 0, answer.err
-    found: dict[str, Any] = json.loads(answer.out)
-    return found
-
-
 def updates(path: Path) -> dict[str, torch.Tensor]:
     """alpha / rank B A of every pair in the file, by llama.cpp's name of the matrix."""
     reader = gguf.GGUFReader(path)
@@ -64,7 +56,7 @@ def test_llama_cpp_computes_the_updates_that_peft_does(
 ) -> None:
     base = decoder(tmp_path / "base", family)
     lora = causal(tmp_path / "lora", base, target_modules="all-linear", **MIXED)
-    facts = told(lorakit, lora, "--format", "gguf", "--out", tmp_path / "adapter.gguf")
+    facts = told(lorakit, "export", lora, "--format", "gguf", "--out", tmp_path / "adapter.gguf")
     found = updates(tmp_path / "adapter.gguf")
     config = transformers.AutoConfig.from_pretrained(base)
     judge = LlamaTensorProcessor(config.to_dict())
@@ -82,7 +74,7 @@ def test_llama_cpp_computes_the_updates_that_peft_does(
 def test_the_file_says_what_llama_cpp_asks_of_it(tmp_path: Path, lorakit: Lorakit) -> None:
     base = decoder(tmp_path / "base", "Mistral")
     lora = causal(tmp_path / "lora", base, target_modules=["q_proj"])
-    assert told(lorakit, lora, "--format", "gguf")["out"] == str(lora / "adapter.gguf")
+    assert told(lorakit, "export", lora, "--format", "gguf")["out"] == str(lora / "adapter.gguf")
     reader = gguf.GGUFReader(lora / "adapter.gguf")
     said = {
         key: reader.get_field(key).contents()
@@ -101,7 +93,9 @@ def test_the_file_says_what_llama_cpp_asks_of_it(tmp_path: Path, lorakit: Loraki
 
 def test_peft_is_what_prune_writes(tmp_path: Path, lorakit: Lorakit) -> None:
     lora = causal(tmp_path / "lora", decoder(tmp_path / "base", "Llama"), target_modules=["q_proj"])
-    assert told(lorakit, lora, "--format", "peft", "--out", tmp_path / "one")["error"] == 0
+    assert (
+        told(lorakit, "export", lora, "--format", "peft", "--out", tmp_path / "one")["error"] == 0
+    )
     assert lorakit("prune", lora, "--out", tmp_path / "other").code == 0
     weights = "adapter_model.safetensors"
     assert (tmp_path / "one" / weights).read_bytes() == (tmp_path / "other" / weights).read_bytes()
@@ -136,7 +130,7 @@ def test_an_output_matrix_is_written_where_the_base_has_one(
     if tied:
         assert "no matrix of its own for lm_head" in refusal(lorakit, lora)
     else:
-        told(lorakit, lora, "--format", "gguf")
+        told(lorakit, "export", lora, "--format", "gguf")
         assert "output.weight" in updates(lora / "adapter.gguf")
 
 

@@ -238,7 +238,7 @@ def test_a_folder_without_the_mismatched_rows_is_not_whole(folder: Path) -> None
         ("sst2", "sentence\tlabel\na\t1\nb\t1\n", "have the label 'positive'; a classifier needs"),
         ("sst2", "sentence\tlabel\n", "train.tsv holds no rows."),
         ("stsb", "sentence1\tsentence2\tscore\n", "train.tsv holds no rows."),
-        ("sst2", b"sentence\tlabel\n\xff\t0\n", "train.tsv is not UTF-8 text."),
+        ("sst2", b"sentence\tlabel\n\xff\t0\n", "line 2: byte 15 is not UTF-8 text"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\thigh\n", "line 2: label 'high': expected a"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", "line 2: label 'nan': expected a"),
         ("stsb", "sentence1\tsentence2\tscore\na\tb\t3\nc\td\t3.0\n", "2 rows of "),
@@ -334,13 +334,19 @@ def test_the_short_file_of_the_diagnostics_has_none(folder: Path) -> None:
     assert not splits.rows["test"].labelled
 
 
-def test_the_diagnostics_on_the_hub_have_no_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(path: str, config: str, split: str) -> datasets.Dataset:
-        assert (path, config, split) == ("nyu-mll/glue", "ax", "test")
-        given = {"premise": ["a"], "hypothesis": ["b"], "label": [-1], "idx": [0]}
-        return datasets.Dataset.from_dict(given)
+def serve(patch: pytest.MonkeyPatch, task: str, splits: dict[str, datasets.Dataset]) -> None:
+    """Puts a task of GLUE in the place of the hub, which has it and nothing else."""
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    def load_dataset(path: str, config: str, revision: str | None) -> datasets.DatasetDict:
+        assert (path, config, revision) == ("nyu-mll/glue", task, None)
+        return datasets.DatasetDict(splits)
+
+    patch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_the_diagnostics_on_the_hub_have_no_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"premise": ["a"], "hypothesis": ["b"], "label": [-1], "idx": [0]}
+    serve(monkeypatch, "ax", {"test": datasets.Dataset.from_dict(given)})
     (rows,) = glue.read("glue/ax", None).rows.values()
     assert (list(rows.texts), rows.labelled) == ([("a", "b")], False)
 
@@ -436,11 +442,7 @@ def on_the_hub(task: str) -> dict[str, datasets.Dataset]:
 def test_the_hub_and_the_folder_hold_the_same_rows(
     folder: Path, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
-    def load_dataset(path: str, config: str, split: str) -> datasets.Dataset:
-        assert (path, config) == ("nyu-mll/glue", task)
-        return on_the_hub(task)[split]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    serve(monkeypatch, task, on_the_hub(task))
     add_tests(folder, task)
     theirs, ours = glue.read(f"glue/{task}", None), read(folder, task)
     assert (theirs.labels, theirs.notes) == (ours.labels, ours.notes)
@@ -457,7 +459,7 @@ def test_without_the_hub_the_way_out_is_named(task: str) -> None:
     with pytest.raises(DataError) as refusal:
         glue.read(f"glue/{task}", None)
     said = str(refusal.value)
-    assert f"nyu-mll/glue ({task}), which cannot be loaded" in said
+    assert f"null means the hub: 'hub:nyu-mll/glue/{task}' cannot be loaded: " in said
     assert said.endswith("give a folder in GLUE's official layout: task.data_dir=DIR.")
 
 
@@ -670,6 +672,96 @@ def test_mnli_is_scored_on_matched_and_on_mismatched_rows(
     assert json.loads(lorakit("eval", "--json").out)["rows"] == 6
     other = json.loads(lorakit("eval", "--json", "--split", "validation_mismatched").out)
     assert (other["rows"], other["split"]) == (3, "validation_mismatched")
+
+
+def test_several_tasks_and_splits_are_scored_in_one_table_as_each_is_alone(
+    lorakit: Lorakit, written: Callable[[str], None], folder: Path, tmp_path: Path
+) -> None:
+    diagnostics(folder, "MNLI", labelled=True)
+    written("mnli")
+    assert lorakit("train", "recipe.yaml", "train.steps=2").code == 0
+    for options, expected in (
+        (("--task", "glue/mnli,glue/ax"), [("glue/mnli", "validation"), ("glue/ax", "validation")]),
+        (
+            ("--split", "validation, validation_mismatched"),
+            [("glue/mnli", "validation"), ("glue/mnli", "validation_mismatched")],
+        ),
+    ):
+        answer = lorakit("eval", *options, "--json", "--output-path", tmp_path / "scores.json")
+        assert answer.code == 0, answer.err
+        found = json.loads(answer.out)["results"]
+        assert json.loads((tmp_path / "scores.json").read_text())["results"] == found
+        assert [(one["task"], one["split"]) for one in found] == expected
+        for one in found:
+            alone = ("eval", "--json", "--task", one["task"], "--split", one["split"])
+            same = json.loads(lorakit(*alone).out)
+            assert {**one, "notes": []} == {**same, "notes": []}
+            assert one["notes"][0] == f"{one['task']}: {same['notes'][0]}"
+    shown = lorakit("eval", "--task", "glue/mnli,glue/ax").out.splitlines()
+    assert shown[1].split() == ["task", "split", "rows", "scores"]
+    assert [line.split()[:3] for line in shown[3:]] == [
+        ["glue/mnli", "validation", "6"],
+        ["glue/ax", "validation", "2"],
+    ]
+
+
+def test_tasks_that_the_head_does_not_fit_are_refused_together(
+    lorakit: Lorakit, written: Callable[[str], None]
+) -> None:
+    written("mnli")
+    assert lorakit("train", "recipe.yaml", "train.steps=1").code == 0
+    answer = lorakit("eval", "--task", "glue/mnli,glue/rte,glue/stsb,glue/ax")
+    assert (answer.code, answer.out) == (2, "")
+    faults = answer.err.partition("nothing was scored: ")[2].splitlines()
+    assert faults[0] == "3 faults"
+    assert "glue/rte validation: " in faults[1]
+    assert "glue/rte has 2 (entailment, not_entailment)" in faults[1]
+    assert "glue/stsb has 1 (score)" in faults[2]
+    assert "glue/ax validation: task.data_dir: there is no " in faults[3]
+    answer = lorakit("eval", "--split", "validation,validation_mismatch")
+    assert "glue/mnli" not in answer.out
+    assert "no split 'validation_mismatch'. Nearest: 'validation_mismatched'." in answer.err
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("glue/sst,glue/mnli", "--task: 'glue/sst': expected "),
+        ("glue/mnli,hellaswag", "glue/mnli of lorakit's own tasks and hellaswag of lm-eval"),
+        ("classification,piqa,boolq", "classification of lorakit's own tasks and piqa, boolq of"),
+    ],
+)
+def test_lists_that_are_no_list_of_one_kind_are_refused(
+    lorakit: Lorakit, recipe: Path, task: str, message: str
+) -> None:
+    answer = lorakit("eval", "nowhere", "--task", task)
+    assert answer.code == 2
+    assert message in answer.err
+
+
+def test_several_files_of_predictions_are_written_at_once(
+    lorakit: Lorakit, written: Callable[[str], None], folder: Path
+) -> None:
+    add_tests(folder, "mnli")
+    diagnostics(folder, "MNLI", labelled=False)
+    written("mnli")
+    assert lorakit("train", "recipe.yaml", "train.steps=1").code == 0
+    both = ("--split", "test_matched,test_mismatched", "--predictions", "out")
+    answer = lorakit("eval", *both)
+    assert answer.code == 0, answer.err
+    assert answer.out == "written: out/MNLI-m.tsv, 4 rows\nwritten: out/MNLI-mm.tsv, 2 rows\n"
+    files = json.loads(
+        lorakit(
+            "eval",
+            "--task",
+            "glue/mnli,glue/ax",
+            *("--split", "test"),
+            "--predictions",
+            "out",
+            "--json",
+        ).out
+    )["results"]
+    assert [one["file"] for one in files] == ["out/MNLI-m.tsv", "out/AX.tsv"]
 
 
 # the real files

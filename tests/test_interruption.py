@@ -284,6 +284,19 @@ def test_a_run_whose_last_checkpoint_is_broken_goes_on_from_the_one_before(
     assert (last.parent / "broken-step-000006").is_dir()
 
 
+@pytest.mark.parametrize(
+    "line", ['{"step": 4, "lo', "5", "[]", '{"stop": 4}', '{"step": []}', "\xff", "[" * 5000]
+)
+def test_a_line_of_metrics_that_a_disk_has_broken_is_dropped(
+    finished: Path, lorakit: Lorakit, line: str
+) -> None:
+    path = finished / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_bytes("".join([*whole[:1], f"{line}\n", *whole[1:]]).encode("latin-1"))
+    assert lorakit("train", finished, "--resume").code == 0
+    assert path.read_text() == "".join(whole)
+
+
 def test_a_run_without_a_whole_checkpoint_says_so_and_touches_nothing(
     finished: Path, lorakit: Lorakit
 ) -> None:
@@ -320,6 +333,42 @@ def test_only_the_newest_and_the_best_are_kept_where_the_recipe_says_so(
     kept = {path.name for path in (TINY / "checkpoints").glob("step-*")}
     assert {"step-000005", "step-000006", find(TINY, "best").name} == kept
     assert not leftovers(TINY)
+
+
+BESTS = {"save_every": 4, "eval_every": 2, "keep_last": 1, "keep_best": 3, "steps": 14, "lr": 0.01}
+
+
+def steps_kept(checkpoints: Path) -> set[int]:
+    return {int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")}
+
+
+def test_the_best_are_kept_as_many_as_the_recipe_says(recipe: Path, lorakit: Lorakit) -> None:
+    given = [f"train.{key}={value}" for key, value in BESTS.items()]
+    assert lorakit("train", recipe, *given).code == 0
+    rows = [json.loads(line) for line in (TINY / "metrics.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["accuracy"] for row in rows if "accuracy" in row}
+    ranked = sorted(scores, key=lambda step: (-scores[step], step))
+    assert len({*scores.values()}) < len(scores)  # some are equal
+    assert steps_kept(TINY / "checkpoints") == {*ranked[:3], 14}
+    assert find(TINY).name == f"step-{ranked[0]:06d}"
+    assert not leftovers(TINY)
+
+
+@pytest.mark.parametrize("step", [7, 13])
+def test_a_run_that_was_stopped_keeps_the_checkpoints_it_would_have_kept(
+    recipe: Path, lorakit: Lorakit, step: int
+) -> None:
+    """At a step at which nothing is due."""
+    given = [f"train.{key}={value}" for key, value in (BESTS | {"keep_last": 2}).items()]
+    assert lorakit("train", recipe, *given).code == 0
+    whole = TINY.rename("runs/whole") / "checkpoints"
+    with pytest.raises(Stopped):
+        run.run(_loaded(recipe, *given), False, Screen(signal.SIGINT, step - 1))
+    assert step in steps_kept(TINY / "checkpoints")
+    assert lorakit("train", TINY, "--resume").code == 0
+    assert steps_kept(TINY / "checkpoints") == steps_kept(whole)
+    for pointer in ("best", "last"):
+        assert (TINY / "checkpoints" / pointer).read_text() == (whole / pointer).read_text()
 
 
 def test_the_ends_of_stages_are_kept_always(recipe: Path, lorakit: Lorakit) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import writers
-from test_formats import written
+from conftest import jsonl
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -23,8 +23,9 @@ from lorakit.errors import DataError, LorakitError, ModelError
 from lorakit.models import ModelSection
 from lorakit.models.heads import Head
 from lorakit.tasks import TaskSection
-from lorakit.tasks.generation import complete, exact_match, prompt_of, rouge_l
+from lorakit.tasks.generation import column_of, complete, exact_match, prompt_of, rouge_l
 from lorakit.tasks.language import MASK
+from lorakit.tasks.own import misfits
 
 CAUSAL = {"llama": writers.llama, "gpt2": writers.gpt2}
 
@@ -47,9 +48,9 @@ def built(path: str, name: str = "causal-lm", **settings: Any) -> Any:
 
 def ready(folder: Path, rows: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> Any:
     """The task of two equal files, so that the training rows keep their order."""
-    path = written(folder, rows)
+    path = jsonl(folder, rows)
     section = TaskSection(name=settings.pop("name", "causal-lm"), **{"max_length": 64, **settings})
-    data = DataSection(train=path, validation=written(folder, rows, "v.jsonl"), deduplicate=False)
+    data = DataSection(train=path, validation=jsonl(folder, rows, "v.jsonl"), deduplicate=False)
     return tasks.build(section, data).ready(tokenizer)
 
 
@@ -201,7 +202,7 @@ def test_a_prompt_that_leaves_no_target_is_left_out_and_counted(tmp_path: Path) 
         "1 of 2 training rows were left out: a prompt of 24 tokens or more leaves nothing to learn"
         in task.notes
     )
-    with pytest.raises(DataError, match=r"task.max_length: 4: all 2 training rows have a prompt"):
+    with pytest.raises(DataError, match=r"all 2 training rows have a prompt .*, as .* line \d; "):
         ready(tmp_path, rows, writers.tokenizer(), max_length=4).rows("train")
 
 
@@ -264,7 +265,7 @@ def test_accumulated_batches_have_the_gradient_of_the_big_one(
     tmp_path: Path, homes: dict[str, Path]
 ) -> None:
     """Of targets, not of rows: completions are of unequal length."""
-    task = built(written(tmp_path, [*writers.rows(40)]))
+    task = built(jsonl(tmp_path, [*writers.rows(40)]))
     gradients = []
     for batch_size, pieces in ((8, 1), (2, 4)):
         base = loaded(homes["llama"])
@@ -278,7 +279,7 @@ def test_accumulated_batches_have_the_gradient_of_the_big_one(
 
 
 def test_the_order_is_a_function_of_seed_and_step_alone(tmp_path: Path) -> None:
-    path, tokenizer = written(tmp_path, [*writers.rows(30)]), writers.tokenizer()
+    path, tokenizer = jsonl(tmp_path, [*writers.rows(30)]), writers.tokenizer()
     for packing in (False, True):
         stream = built(path, packing=packing).ready(tokenizer).steps(4, 1, seed=3)
         steps = [next(stream) for _ in range(9)]
@@ -304,7 +305,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_their_examples(
 ) -> None:
     base = loaded(homes[name])
     base.model.config._attn_implementation = attention  # type: ignore[union-attr]
-    task = built(written(tmp_path, [*writers.rows(30)]), packing=True).ready(base.tokenizer)
+    task = built(jsonl(tmp_path, [*writers.rows(30)]), packing=True).ready(base.tokenizer)
     (batch,) = next(task.steps(4, 1, seed=0))
     apart = spread(task, batch)
     assert len(apart) > len(batch.labels) == 4
@@ -322,7 +323,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_their_examples(
 
 
 def test_an_epoch_of_packed_rows_has_every_example_once(tmp_path: Path) -> None:
-    task = built(written(tmp_path, [*writers.rows(40)]), packing=True).ready(writers.tokenizer())
+    task = built(jsonl(tmp_path, [*writers.rows(40)]), packing=True).ready(writers.tokenizer())
     stream = task.steps(2, 2, seed=0)
     steps = [next(stream) for _ in range(-(-task.rows_per_epoch() // 4))]
     batches = [batch for step in steps for batch in step]
@@ -333,7 +334,7 @@ def test_an_epoch_of_packed_rows_has_every_example_once(tmp_path: Path) -> None:
 
 
 def test_what_is_scored_is_not_packed(tmp_path: Path) -> None:
-    task = built(written(tmp_path, [*writers.rows(40)]), packing=True).ready(writers.tokenizer())
+    task = built(jsonl(tmp_path, [*writers.rows(40)]), packing=True).ready(writers.tokenizer())
     for split in ("train", "validation"):
         assert all("position_ids" not in batch.inputs for batch in task.batches(split, 4))
     assert replace(task).sample("train", 8).rows("train") == 8
@@ -355,7 +356,7 @@ def test_a_model_that_sees_into_other_examples_is_refused(
     tmp_path: Path, homes: dict[str, Path]
 ) -> None:
     base = loaded(homes["llama"])
-    packed, plain = (built(written(tmp_path, PAIR * 2), packing=p) for p in (True, False))
+    packed, plain = (built(jsonl(tmp_path, PAIR * 2), packing=p) for p in (True, False))
     packed.check(base.model)
 
     class Leaky(nn.Module):
@@ -377,7 +378,7 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(tmp_path: Path) -> N
 
     config = BertConfig(vocab_size=400, num_attention_heads=4, **writers.SIZES)
     with pytest.raises(ModelError, match="sees what it is to predict"):
-        built(written(tmp_path, PAIR * 2)).check(BertLMHeadModel(config).eval())
+        built(jsonl(tmp_path, PAIR * 2)).check(BertLMHeadModel(config).eval())
 
 
 # written answers
@@ -450,7 +451,7 @@ def test_answers_are_written_to_the_scored_prompts(
     assert task.score(right, batch.labels)["rouge_l"] == 100
 
 
-def test_of_a_chat_the_last_answer_is_written(tmp_path: Path) -> None:
+def test_of_a_chat_the_last_answer_is_jsonl(tmp_path: Path) -> None:
     tokenizer = writers.tokenizer(chat=writers.CHAT)
     task = ready(tmp_path, TALK, tokenizer, generate=4)
     (prompt,), (answer,) = task.asked(whole(task).inputs)
@@ -511,6 +512,30 @@ def test_a_template_takes_the_one_text_that_it_asks_for() -> None:
         prompt_of("hi", section(), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("columns", "task", "asked"),
+    [
+        (("prompt", "completion"), {}, "prompt"),
+        (("source", "target"), {"format": "prompt"}, "source"),
+        (("text",), {}, "text"),
+        (("question", "answer"), {"template": "Q: {question} A:"}, "question"),
+        (("a", "b", "completion"), {"template": "{a} {b}"}, None),
+        (("instruction", "output"), {}, None),
+    ],
+)
+def test_a_file_to_answer_is_asked_in_the_column_that_the_prompts_were_in(
+    tmp_path: Path, columns: tuple[str, ...], task: dict[str, Any], asked: str | None
+) -> None:
+    path = jsonl(tmp_path, [dict.fromkeys(columns, "x")])
+    given = TaskSection(name="causal-lm", **task), DataSection(train=path)
+    section, data, _ = tasks.settled(*given)
+    assert data is not None
+    assert section.format != "auto"
+    assert column_of(section, data) == asked
+    assert tasks.settled(section, data)[:2] == (section, data)
+    assert not misfits(section, data), "or the run's own recipe would be refused"
+
+
 # settings
 
 
@@ -551,20 +576,18 @@ def test_a_setting_that_cannot_hold_is_refused(settings: dict[str, Any], message
 
 
 @pytest.mark.parametrize(
-    ("settings", "data", "message"),
+    ("settings", "message"),
     [
-        ({"name": "seq2seq"}, {}, "task.format: seq2seq needs prompts with completions; rows are"),
-        ({"name": "causal-lm", "generate": 4}, {}, "task.generate: rows are read as text"),
-        ({"name": "causal-lm"}, {"labels": ("a", "b")}, "data.labels: causal-lm has none"),
-        ({"name": "causal-lm"}, {"text": ("a", "b")}, "data.text: expected one column"),
+        ({"name": "seq2seq"}, "task.format: seq2seq needs prompts with completions; rows are"),
+        ({"name": "causal-lm", "generate": 4}, "task.generate: rows are read as text"),
     ],
 )
 def test_rows_that_do_not_fit_the_task_are_refused(
-    tmp_path: Path, settings: dict[str, Any], data: dict[str, Any], message: str
+    tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    path = written(tmp_path, [{"text": "a"}, {"text": "b"}])
+    path = jsonl(tmp_path, [{"text": "a"}, {"text": "b"}])
     with pytest.raises(DataError, match=message):
-        tasks.build(TaskSection(**settings), DataSection(train=path, **data))
+        tasks.build(TaskSection(**settings), DataSection(train=path))
 
 
 # the whole way
@@ -607,7 +630,7 @@ def test_a_recipe_is_trained_pruned_loaded_by_peft_and_scored(
 
     from lorakit.trained import logits, open_trained
 
-    path = recipe_of(tmp_path, homes[name], task, written(tmp_path, [*writers.rows(30)]))
+    path = recipe_of(tmp_path, homes[name], task, jsonl(tmp_path, [*writers.rows(30)]))
     trained = lorakit("train", path, "--json")
     assert trained.code == 0, trained.err
     assert lorakit("prune", tmp_path / "run").code == 0
@@ -639,7 +662,7 @@ def test_a_run_tells_its_format_and_goes_on_as_if_it_had_not_stopped(
 ) -> None:
     from lorakit import recipe as recipes
 
-    rows = written(tmp_path, [*writers.rows(30)])
+    rows = jsonl(tmp_path, [*writers.rows(30)])
     task = {"name": "causal-lm", "packing": True}
     path = recipe_of(tmp_path, homes["llama"], task, rows)
     settings = ("train.save_every=6", "train.patience=null")
@@ -662,7 +685,7 @@ def test_a_causal_model_learns_what_it_is_told(
     """One answer to all prompts: after 60 steps it is written word for word."""
     rows = [{"prompt": f"number {i}: ", "completion": "rain falls"} for i in range(20)]
     task = {"name": "causal-lm", "generate": 8}
-    path = recipe_of(tmp_path, homes["llama"], task, written(tmp_path, rows))
+    path = recipe_of(tmp_path, homes["llama"], task, jsonl(tmp_path, rows))
     settings = ("train.steps=60", "train.lr=5e-2", "adapter.rank=8", "train.eval_every=null")
     scores = json.loads(lorakit("train", path, *settings, "--json").out)["scores"]
     assert (scores["exact_match"], scores["rouge_l"]) == (100, 100)

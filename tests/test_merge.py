@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import Answer
+from conftest import Answer, told
 from foreign import DECODERS, adapter, causal, decoder, tokenizer
 from test_export import trained
 from torch.testing import assert_close
@@ -26,20 +26,13 @@ STORED = {"GPT2": {"fan_in_fan_out": True}}
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 
 
-def told(lorakit: Lorakit, *arguments: object) -> dict[str, Any]:
-    answer = lorakit("merge", *arguments, "--json")
-    assert answer.code == 0, answer.err
-    found: dict[str, Any] = json.loads(answer.out)
-    return found
-
-
 @pytest.mark.parametrize("family", DECODERS)
 def test_peft_merges_a_decoder_to_the_same_weights(
     tmp_path: Path, lorakit: Lorakit, family: str
 ) -> None:
     base = decoder(tmp_path / "base", family)
     lora = causal(tmp_path / "lora", base, target_modules="all-linear", **STORED.get(family, {}))
-    assert told(lorakit, lora, "--out", tmp_path / "merged")["difference"] < 1e-5
+    assert told(lorakit, "merge", lora, "--out", tmp_path / "merged")["difference"] < 1e-5
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(lora, dtype=torch.float32)
     ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     expected = theirs.merge_and_unload().state_dict()
@@ -58,7 +51,7 @@ def test_an_encoder_and_decoder_merge(tmp_path: Path, lorakit: Lorakit) -> None:
     lora = adapter(
         tmp_path / "lora", tmp_path / "base", auto, "SEQ_2_SEQ_LM", target_modules=["q", "v"]
     )
-    told(lorakit, lora, "--out", tmp_path / "merged")
+    told(lorakit, "merge", lora, "--out", tmp_path / "merged")
     theirs = peft.AutoPeftModelForSeq2SeqLM.from_pretrained(lora).eval()
     ours = auto.from_pretrained(tmp_path / "merged").eval()
     ids = torch.arange(10, 20)[None]
@@ -71,7 +64,7 @@ def test_an_adapted_output_matrix_is_untied_from_the_embeddings(
     tmp_path: Path, lorakit: Lorakit
 ) -> None:
     lora = causal(tmp_path / "lora", decoder(tmp_path / "base", "GPT2"), target_modules=["lm_head"])
-    told(lorakit, lora, "--out", tmp_path / "merged")
+    told(lorakit, "merge", lora, "--out", tmp_path / "merged")
     load = transformers.AutoModelForCausalLM.from_pretrained
     base, merged = load(tmp_path / "base"), load(tmp_path / "merged")
     assert base.lm_head.weight is base.transformer.wte.weight
@@ -86,7 +79,7 @@ def test_a_run_merges_with_its_head_and_what_else_it_trained(
 ) -> None:
     own = {} if variant == "sora" else {"variant": variant}
     run = trained(recipe, lorakit, tiny, also_train=["word_embeddings", "LayerNorm"], **own)
-    found = told(lorakit, run, "--checkpoint", "last")
+    found = told(lorakit, "merge", run, "--checkpoint", "last")
     assert found["out"] == str(run / "merged")
     assert found["difference"] == found["exact"] < 1e-5
     ours = CLASSIFIER.from_pretrained(run / "merged").eval()
@@ -105,7 +98,7 @@ def test_a_pruned_folder_merges_to_what_its_run_merges_to(
     assert lorakit("prune", run).code == 0
     weights = []
     for path in (run, run / "pruned"):
-        out = told(lorakit, path)["out"]
+        out = told(lorakit, "merge", path)["out"]
         weights.append(CLASSIFIER.from_pretrained(out).state_dict())
     for name, tensor in weights[0].items():
         assert_close(weights[1][name], tensor, rtol=0, atol=1e-6)
@@ -116,7 +109,7 @@ def test_codes_merge_where_nothing_stands_around_the_pair(
 ) -> None:
     run = trained(recipe, lorakit, tiny, **BLORA)
     assert lorakit("prune", run, "--packed").code == 0
-    assert told(lorakit, run / "packed")["difference"] < 1e-4
+    assert told(lorakit, "merge", run / "packed")["difference"] < 1e-4
     theirs = CLASSIFIER.from_pretrained(run / "packed" / "merged").eval()
     ours = open_trained(run / "packed").model
     rows = models.probe(ours)
@@ -142,7 +135,7 @@ def test_a_base_in_codes_becomes_dense(
     given["model"]["quantize"] = codes
     recipe.write_text(yaml.safe_dump(given))
     run = trained(recipe, lorakit, tiny)
-    assert told(lorakit, run)["dtype"] == "fp32"
+    assert told(lorakit, "merge", run)["dtype"] == "fp32"
     merged = CLASSIFIER.from_pretrained(run / "merged").eval()
     before = open_trained(run).model
     rows = models.probe(before)
@@ -165,7 +158,7 @@ def test_weights_are_stored_as_asked_and_by_default_as_the_bases(
     load = transformers.AutoModelForCausalLM.from_pretrained
     load(base, dtype=torch.bfloat16).save_pretrained(base)
     lora = causal(tmp_path / "lora", base, target_modules=["q_proj", "v_proj"])
-    found = told(lorakit, lora, "--out", tmp_path / "merged", "--dtype", asked)
+    found = told(lorakit, "merge", lora, "--out", tmp_path / "merged", "--dtype", asked)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["dtype"] == stored
     merged = load(tmp_path / "merged", dtype=torch.float32)

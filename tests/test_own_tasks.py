@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 import torch
 import yaml
-from conftest import Answer
+from conftest import Answer, jsonl
 from sklearn.metrics import accuracy_score, f1_score, root_mean_squared_error
 from torch.testing import assert_close
 from transformers import (
@@ -34,12 +34,6 @@ from lorakit.trained import logits, open_trained
 
 Lorakit = Callable[..., Answer]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def jsonl(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
-    path = folder / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return str(path)
 
 
 def build(task: str, path: str, max_length: int = 16, **settings: Any) -> Any:
@@ -70,12 +64,6 @@ def test_own_regressions_tell_their_error_and_glues_what_glue_tells(tmp_path: Pa
     assert scores["rmse"] ** 2 == pytest.approx(scores["loss"])
     assert "rmse" in tasks.COSTS  # the best checkpoint is the one with the least
     assert [metric.__name__ for metric in Regression().metrics] == ["pearson", "spearman"]
-
-
-def test_a_regression_has_no_labels_to_list(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, [{"text": f"row {i}", "label": i} for i in range(8)])
-    with pytest.raises(DataError, match=r"data\.labels: regression has none"):
-        build("regression", path, labels=("1", "2"))
 
 
 # several labels

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import Answer
+from conftest import Answer, jsonl, told
 from foreign import causal, decoder
 from test_export import trained
 from torch.testing import assert_close
@@ -29,11 +29,10 @@ TEXTS = ["a warm and funny film", "dull and empty", "so so " * 40, "bleak"]
 
 def made(folder: Path, model: Path, task: str, rows: list[dict[str, Any]], **data: Any) -> Path:
     """A run of some steps on `rows`."""
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     settings = {
         "model": {"name": str(model), "precision": "fp32"},
         "task": {"name": task, "max_length": 24},
-        "data": {"train": str(folder / "rows.jsonl"), "held_out": 0.25, **data},
+        "data": {"train": jsonl(folder, rows), "held_out": 0.25, **data},
         "adapter": {"variant": "lora", "rank": 4, "alpha": 4},
         "train": {"steps": 4, "batch_size": 8, "lr": 0.01},
         "output_dir": str(folder / "run"),
@@ -58,10 +57,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny: Path, reviews: Path) -> 
     return found
 
 
-def told(lorakit: Lorakit, *arguments: object) -> dict[str, Any]:
-    answer = lorakit("predict", *arguments, "--json")
-    assert answer.code == 0, answer.err
-    found: dict[str, Any] = json.loads(answer.out)
+def predicted(lorakit: Lorakit, *arguments: object) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = told(lorakit, "predict", *arguments)["predictions"]
     return found
 
 
@@ -78,7 +75,7 @@ def test_a_label_has_the_probabilities_that_peft_gives_it(run: Path, lorakit: Lo
     load = peft.AutoPeftModelForSequenceClassification.from_pretrained
     model = load(run / "pruned", num_labels=2).eval()
     words = transformers.AutoTokenizer.from_pretrained(run / "pruned")
-    for answer in told(lorakit, run / "pruned", *TEXTS)["predictions"]:
+    for answer in predicted(lorakit, run / "pruned", *TEXTS):
         encoded = words(answer["text"], truncation=True, max_length=24, return_tensors="pt")
         with torch.no_grad():
             shares = model(**encoded).logits.softmax(dim=-1)[0]
@@ -91,14 +88,14 @@ def test_a_label_has_the_probabilities_that_peft_gives_it(run: Path, lorakit: Lo
 
 def test_a_run_a_checkpoint_and_its_pruned_folder_answer_alike(run: Path, lorakit: Lorakit) -> None:
     paths = (run, run / "checkpoints" / "step-000004", run / "pruned")
-    first, *others = (told(lorakit, path, *TEXTS)["predictions"] for path in paths)
+    first, *others = (predicted(lorakit, path, *TEXTS) for path in paths)
     for other in others:
         for one, two in zip(first, other, strict=True):
             assert one["probability"] == pytest.approx(two["probability"], abs=2e-6)
 
 
 def test_answers_do_not_depend_on_the_batch_they_are_in(run: Path, lorakit: Lorakit) -> None:
-    one, many = (told(lorakit, run, *TEXTS, "--batch-size", n)["predictions"] for n in (1, 3))
+    one, many = (predicted(lorakit, run, *TEXTS, "--batch-size", n) for n in (1, 3))
     for a, b in zip(one, many, strict=True):
         assert (a["text"], a["prediction"]) == (b["text"], b["prediction"])
         assert a["probability"] == pytest.approx(b["probability"], abs=2e-6)
@@ -122,10 +119,10 @@ def test_texts_are_read_no_further_ahead_than_a_window(run: Path) -> None:
 
 
 def test_what_was_left_out_or_cut_is_counted(run: Path, lorakit: Lorakit) -> None:
-    notes = told(lorakit, run, *TEXTS, "", "  ")["notes"]
+    notes = told(lorakit, "predict", run, *TEXTS, "", "  ")["notes"]
     assert notes[0] == "2 of 6 inputs are empty and were left out"
     assert notes[1].startswith("1 of 4 texts are longer")
-    assert told(lorakit, run, *TEXTS, "--max-length", 200)["notes"] == []
+    assert told(lorakit, "predict", run, *TEXTS, "--max-length", 200)["notes"] == []
     assert "· 1 of 2 inputs are empty" in lorakit("predict", run, "a film", "").err
 
 
@@ -146,10 +143,12 @@ def test_a_table_keeps_its_columns_and_gets_the_answers_beside_them(
         writer = csv.DictWriter(file, ["id", "text"])
         writer.writeheader()
         writer.writerows(rows)
-    expected = told(lorakit, run, "--file", tmp_path / "in.csv")["predictions"]
+    expected = predicted(lorakit, run, "--file", tmp_path / "in.csv")
     assert [{key: row[key] for key in ("id", "text")} for row in expected] == rows
     for name, delimiter in (("out.csv", ","), ("out.tsv", "\t")):
-        facts = told(lorakit, run, "--file", tmp_path / "in.csv", "--out", tmp_path / name)
+        facts = told(
+            lorakit, "predict", run, "--file", tmp_path / "in.csv", "--out", tmp_path / name
+        )
         assert (facts["rows"], facts["out"]) == (5, str(tmp_path / name))
         with (tmp_path / name).open(newline="") as file:
             found = list(csv.DictReader(file, delimiter=delimiter))
@@ -157,7 +156,7 @@ def test_a_table_keeps_its_columns_and_gets_the_answers_beside_them(
         for row, one in zip(found, expected, strict=True):
             assert (row["text"], row["prediction"]) == (one["text"], one["prediction"])
             assert float(row["probabilities.good"]) == one["probabilities"]["good"]
-    told(lorakit, run, "--file", tmp_path / "in.csv", "--out", tmp_path / "out.jsonl")
+    told(lorakit, "predict", run, "--file", tmp_path / "in.csv", "--out", tmp_path / "out.jsonl")
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == expected
 
@@ -166,15 +165,15 @@ def test_lines_come_from_a_text_file_or_standard_input(
     run: Path, lorakit: Lorakit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "in.txt").write_text("a warm film\n\nbleak\n")
-    from_file = told(lorakit, run, "--file", tmp_path / "in.txt")
+    from_file = told(lorakit, "predict", run, "--file", tmp_path / "in.txt")
     assert [row["text"] for row in from_file["predictions"]] == ["a warm film", "bleak"]
     assert from_file["notes"] == ["1 of 3 inputs are empty and were left out"]
     (tmp_path / "tab.txt").write_text("a warm\tfilm\n")
-    (row,) = told(lorakit, run, "--file", tmp_path / "tab.txt")["predictions"]
+    (row,) = predicted(lorakit, run, "--file", tmp_path / "tab.txt")
     assert row["text"] == "a warm\tfilm", "this model knows no pairs"
     for arguments in (("-",), ("--file", "-")):
         monkeypatch.setattr("sys.stdin", io.StringIO("a warm film\n\nbleak\n"))
-        assert told(lorakit, run, *arguments) == from_file
+        assert told(lorakit, "predict", run, *arguments) == from_file
 
 
 def test_a_file_is_whole_or_not_there(run: Path, lorakit: Lorakit, tmp_path: Path) -> None:
@@ -215,29 +214,35 @@ def test_what_cannot_be_read_or_written_is_told(
 # other tasks
 
 
+@pytest.mark.parametrize("found", [True, False], ids=["found by names", "named"])
 def test_a_pair_is_given_as_it_was_in_training(
-    tiny: Path, lorakit: Lorakit, tmp_path: Path
+    tiny: Path, lorakit: Lorakit, tmp_path: Path, found: bool
 ) -> None:
+    one, two = ("premise", "hypothesis") if found else ("claim", "fact")
     rows = [
-        {"claim": f"{word} {i}", "fact": f"{other} {i}", "label": "yes" if i % 2 else "no"}
+        {one: f"{word} {i}", two: f"{other} {i}", "label": "yes" if i % 2 else "no"}
         for i in range(10)
         for word, other in (("warm", "bright"), ("dull", "bleak"))
     ]
-    found = made(tmp_path, tiny, "classification", rows, text=["claim", "fact"])
-    (typed,) = told(lorakit, found, "warm 1", "--pair", "bright 1")["predictions"]
+    named = {} if found else {"text": [one, two]}
+    run = made(tmp_path, tiny, "classification", rows, **named)
+    (typed,) = predicted(lorakit, run, "warm 1", "--pair", "bright 1")
     assert (typed["text1"], typed["text2"]) == ("warm 1", "bright 1")
     (tmp_path / "in.txt").write_text("warm 1\tbright 1\n")
-    (tmp_path / "in.csv").write_text("fact,claim\nbright 1,warm 1\n")
+    (tmp_path / "in.csv").write_text(f"text,{two},{one}\nother,bright 1,warm 1\n")
     for name in ("in.txt", "in.csv"):
-        (row,) = told(lorakit, found, "--file", tmp_path / name)["predictions"]
+        (row,) = predicted(lorakit, run, "--file", tmp_path / name)
         assert row["probabilities"] == typed["probabilities"]
-    assert "one text, where the model was trained on two texts" in refused(lorakit, found, "warm 1")
+    assert "one text, where the model was trained on two texts" in refused(lorakit, run, "warm 1")
+    (tmp_path / "other.csv").write_text(f"text,{two}\nwarm 1,bright 1\n")
+    message = refused(lorakit, run, "--file", tmp_path / "other.csv")
+    assert f"no column {one!r}. Columns: text, {two}. Name it by --column." in message
 
 
 def test_a_regression_answers_in_numbers(tiny: Path, lorakit: Lorakit, tmp_path: Path) -> None:
     rows = [{"text": f"so {'very ' * (i % 5)}warm {i}", "score": i % 5} for i in range(24)]
     found = made(tmp_path, tiny, "regression", rows)
-    ours = told(lorakit, found, *TEXTS)["predictions"]
+    ours = predicted(lorakit, found, *TEXTS)
     assert all(set(row) == {"text", "prediction"} for row in ours)
     assert len({row["prediction"] for row in ours}) == len(TEXTS)
     assert all(isinstance(row["prediction"], float) for row in ours)
@@ -251,15 +256,10 @@ def test_of_several_labels_all_that_are_likely_are_answered(
         for i in range(24)
     ]
     found = made(tmp_path, tiny, "multi-label", rows)
-    for row in told(lorakit, found, *TEXTS)["predictions"]:
+    for row in predicted(lorakit, found, *TEXTS):
         assert row["prediction"] == [k for k, p in row["probabilities"].items() if p > 0.5]
         assert "probability" not in row
     assert "prediction" in lorakit("predict", found, "warm").out
-    (tmp_path / "in.csv").write_text("about,of\na,b\n")
-    message = refused(lorakit, found, "--file", tmp_path / "in.csv")
-    assert "none is called like a text (text, sentence, review, content, …); name it: --column" in (
-        message
-    )
 
 
 def test_every_word_gets_the_tag_of_its_first_token(
@@ -276,7 +276,7 @@ def test_every_word_gets_the_tag_of_its_first_token(
     ]
     found = made(tmp_path, tiny, "token-classification", rows)
     (tmp_path / "in.jsonl").write_text(json.dumps({"tokens": long}))
-    (row,) = told(lorakit, found, "--file", tmp_path / "in.jsonl")["predictions"]
+    (row,) = predicted(lorakit, found, "--file", tmp_path / "in.jsonl")
     opened = open_trained(found)
     encoded = opened.tokenizer([long], is_split_into_words=True, return_tensors="pt")
     guesses = logits(opened.model, dict(encoded))[0].argmax(dim=-1)
@@ -287,7 +287,7 @@ def test_every_word_gets_the_tag_of_its_first_token(
     assert row["prediction"] == [tokens[word][0] for word in range(4)]
     assert row["prediction"] != [tokens[word][-1] for word in range(4)], "or this tells nothing"
 
-    typed, cut = told(lorakit, found, " ".join(long), "film " * 30)["predictions"]
+    typed, cut = predicted(lorakit, found, " ".join(long), "film " * 30)
     assert typed["prediction"] == row["prediction"]
     assert 0 < len(cut["prediction"]) < 24
 
@@ -298,17 +298,24 @@ def test_a_language_model_goes_on_as_peft_s_does(lorakit: Lorakit, tmp_path: Pat
     model = peft.AutoPeftModelForCausalLM.from_pretrained(lora).eval()
     words = transformers.AutoTokenizer.from_pretrained(base)
     texts = ["1 2 3", "7", "50 40 30 20 10"]
-    rows = told(lorakit, lora, *texts, "--max-new-tokens", 6, "--batch-size", 2)["predictions"]
+    rows = told(lorakit, "predict", lora, *texts, "--max-new-tokens", 6, "--batch-size", 2)[
+        "predictions"
+    ]
     for text, row in zip(texts, rows, strict=True):
         ids = words(text, return_tensors="pt")
         written = model.generate(**ids, max_new_tokens=6, do_sample=False)
         answer = words.decode(written[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
         assert (row["text"], row["prediction"]) == (text, answer)
     assert "expected text, prompt, alpaca or chat" in refused(lorakit, lora, "1", "--format", "x")
+    (tmp_path / "in.csv").write_text("about,of\na,b\n")  # no recipe tells of columns
+    message = refused(lorakit, lora, "--file", tmp_path / "in.csv")
+    assert "none is called like a text (text, sentence, review, content, …); name it: --column" in (
+        message
+    )
 
 
 def test_a_packed_folder_answers_too(recipe: Path, lorakit: Lorakit, tiny: Path) -> None:
     found = trained(recipe, lorakit, tiny, variant="blora")
     assert lorakit("prune", found, "--packed").code == 0
-    ours, theirs = (told(lorakit, p, *TEXTS)["predictions"] for p in (found / "packed", found))
+    ours, theirs = (predicted(lorakit, p, *TEXTS) for p in (found / "packed", found))
     assert ours == theirs

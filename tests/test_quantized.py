@@ -204,24 +204,6 @@ def test_merged_it_stands_on_the_dequantised_weights(
     assert_close(logits(alone.eval(), rows), logits(ours, rows), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("codes", ["nf4", "int8"])
-def test_the_card_tells_peft_how_the_base_was_stored(
-    recipe: Path, lorakit: Callable[..., Any], codes: str
-) -> None:
-    rewritten(recipe, model={"quantize": codes}, train={"steps": 2, "save_every": None})
-    assert lorakit("train", recipe).code == 0
-    assert lorakit("prune", "runs/tiny").code == 0
-    card = Path("runs/tiny/pruned/README.md").read_text()
-    assert f"stored in {codes} codes" in card
-    named: dict[str, Any] = {"FOLDER": "runs/tiny/pruned"}
-    exec(card.partition("```python\n")[2].partition("```")[0], named)
-    ours = open_trained(Path("runs/tiny/pruned")).model
-    for module in named["model"].modules():
-        settled(module)
-    rows = models.probe(ours)
-    assert_close(logits(named["model"].eval(), rows), logits(ours, rows), rtol=0, atol=1e-5)
-
-
 def test_olora_starts_at_the_codes_or_at_the_weights_of_a_source(recipe: Path, tiny: Path) -> None:
     started = {}
     for source in (None, str(tiny)):

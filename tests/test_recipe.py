@@ -283,6 +283,15 @@ def test_an_empty_output_dir_is_refused(faults: Callable[[str], list[str]]) -> N
             "'~train.epochs' beside it where the recipe names epochs.",
         ),
         (
+            PLAIN + "train: {keep_best: 2}",
+            "line 5: train.keep_best: without train.keep_last all checkpoints are kept; give both.",
+        ),
+        (
+            PLAIN + "train: {keep_last: 1, keep_best: 2, eval_every: null}",
+            "line 5: train.keep_best: train.eval_every: null scores the last step alone; nothing "
+            "to rank.",
+        ),
+        (
             with_adapter("{variant: sora, sparsity: {lambda: 1, xi: 0.1}}"),
             "line 3: adapter.sparsity.xi: give `lambda` or `xi`, one of them.",
         ),
@@ -308,6 +317,13 @@ def test_settings_that_contradict_each_other_are_refused(
     faults: Callable[[str], list[str]], text: str, message: str
 ) -> None:
     assert one(faults(text)) == message
+
+
+def test_a_setting_that_others_look_at_may_be_at_fault_itself(
+    faults: Callable[[str], list[str]],
+) -> None:
+    text = with_adapter("{variant: sora, sparsity: {xi: 0.1, dense: x, retrain: false}}")
+    assert one(faults(text)) == "line 3: adapter.sparsity.dense: 'x': expected a number."
 
 
 def test_contradictions_are_reported_together_with_every_other_fault(

@@ -225,7 +225,7 @@ def test_the_comparison_sees_progress_that_is_another(
     folder = stopped("patience pending")
     wanted = ends(Path("runs/whole"))
     state = json.loads((folder / "state.json").read_text())
-    for key, other in (("stale", 1), ("loss", 0.0), ("items", 3), ("best_score", -1.0)):
+    for key, other in (("stale", 1), ("loss", 0.0), ("items", 3), ("best", [[6, 1e9]])):
         cut(Path("runs/whole"), 6)
         progress = {**state["progress"], key: other}
         assert progress != state["progress"], key

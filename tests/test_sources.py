@@ -1,6 +1,8 @@
 """Every kind of file, row by row; and every way in which one can be broken."""
 
+import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +12,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from conftest import written
 
 from lorakit import data
 from lorakit.data import DataSection, labels, tables
-from lorakit.data.sources import records
+from lorakit.data.sources import origin, records
 from lorakit.errors import DataError
 
 LABEL = datasets.ClassLabel(names=["bad", "good"])
@@ -25,12 +28,6 @@ def _quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
-
-
-def written(folder: Path, name: str, text: str | bytes) -> str:
-    path = folder / name
-    path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return str(path)
 
 
 def table(rows: int = 4, first: int = 0, **more: list[Any]) -> datasets.Dataset:
@@ -204,6 +201,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def load_dataset(path: str, config: str | None, revision: str | None) -> datasets.DatasetDict:
         asked.update(path=path, config=config, revision=revision)
+        asked["times"] = asked.get("times", 0) + 1
         return found
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -212,7 +210,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_a_hub_set_is_read_at_its_revision(hub: dict[str, Any]) -> None:
     assert len(cells("hub:owner/name/plain", revision="v2")) == 20
-    assert hub == {"path": "owner/name", "config": "plain", "revision": "v2"}
+    assert hub == {"path": "owner/name", "config": "plain", "revision": "v2", "times": 1}
     assert places("hub:owner/name", split="validation")[5] == "hub:owner/name row 6"
 
 
@@ -231,6 +229,65 @@ def test_a_set_that_has_validation_rows_is_scored_on_them() -> None:
         "train": 2,
         "validation": 4,
     }
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets`' own cache, as a download of a hub's set at a commit leaves it."""
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split, found in (("train", table(20)), ("validation", table(6, 30))):
+        found.to_parquet(tmp_path / f"{split}.parquet")
+    files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "validation")}
+    Parquet(
+        cache_dir=str(tmp_path / "cache"),
+        dataset_name="name",
+        config_id="default",
+        hash=COMMIT,
+        data_files=files,
+    ).download_and_prepare()
+    (tmp_path / "cache" / "name").rename(tmp_path / "cache" / "owner___name")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.usefixtures("cached")
+def test_the_commit_of_a_hub_set_is_known_from_what_was_read() -> None:
+    section = DataSection(train="hub:owner/name")
+    splits = data.read(section, labels.ONE)
+    assert {name: len(rows.texts) for name, rows in splits.rows.items()} == {
+        "train": 20,
+        "validation": 6,
+    }
+    assert splits.origins == {"data.train": COMMIT, "data.validation": COMMIT}
+
+
+def test_a_hub_is_asked_once_for_all_splits(hub: dict[str, Any]) -> None:
+    splits = data.read(DataSection(train="hub:owner/name"), labels.ONE)
+    assert splits.origins == {"data.train": None, "data.validation": None}, "nobody said"
+    assert hub["times"] == 1
+
+
+def test_files_and_folders_are_known_by_what_they_hold(tmp_path: Path) -> None:
+    rows = "text,label\n" + "".join(f"row {i},{'xy'[i % 2]}\n" for i in range(8))
+    one, same = (written(tmp_path, name, rows) for name in ("a.csv", "b.csv"))
+    other = written(tmp_path, "c.csv", rows + "more,x\n")
+    digest = hashlib.sha256(rows.encode()).hexdigest()
+    assert origin(one, "data.train") == origin(same, "data.train") == f"sha256:{digest}"
+    assert origin(other, "data.train") != origin(one, "data.train")
+    splits = data.read(DataSection(train=one, validation=other, deduplicate=False), labels.ONE)
+    assert splits.origins == {
+        "data.train": f"sha256:{digest}",
+        "data.validation": origin(other, "data.validation"),
+    }
+    table(4).save_to_disk(tmp_path / "saved")
+    before = origin(str(tmp_path / "saved"), "data.train")
+    shutil.copytree(tmp_path / "saved", tmp_path / "moved")
+    assert origin(str(tmp_path / "moved"), "data.train") == before
+    (tmp_path / "saved" / "more").touch()
+    assert origin(str(tmp_path / "saved"), "data.train") != before
 
 
 def test_a_split_of_a_saved_folder_may_validate(tmp_path: Path) -> None:

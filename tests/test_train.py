@@ -16,7 +16,7 @@ from lorakit.adapter import Controller, Kept, Stage, Step
 from lorakit.data.batching import Batch
 from lorakit.errors import LorakitError, NotFiniteError
 from lorakit.timetable import Timetable
-from lorakit.train import Trainee, headline
+from lorakit.train import Progress, Trainee, headline
 from lorakit.variants import lora
 from lorakit.variants.lora import LoRAConfig, LoRALinear
 
@@ -160,6 +160,25 @@ def test_ranks_that_move_between_two_evaluations_make_the_best_forgotten() -> No
     taught(trainee, settings, Worse(planted().x, planted().y))
     assert given == [0.0, 1.0, 2.0]
     assert trainee.progress.best_step == 12
+
+
+def test_scores_are_ranked_and_of_equal_ones_the_earlier_is_the_better() -> None:
+    progress = Progress()
+    for step, (score, among) in enumerate(
+        [(1.0, True), (float("nan"), True), (3.0, True), (1.0, True), (0.5, False), (3.0, True)], 1
+    ):
+        progress.step = step
+        assert progress.judge(score, places=3) == among, step
+    assert progress.best == [(3, 3.0), (6, 3.0), (1, 1.0)]
+    assert (progress.best_step, progress.stale) == (3, 3)
+
+
+def test_no_number_is_no_best_score_to_keep_up_with() -> None:
+    progress = Progress(step=1)
+    progress.judge(float("nan"))
+    progress.step = 2
+    assert progress.judge(-100.0)
+    assert progress.best_step == 2
 
 
 def test_a_loss_is_better_when_lower_and_a_metric_when_higher() -> None:

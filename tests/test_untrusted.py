@@ -46,37 +46,11 @@ def bomb(sentinel: Path) -> bytes:
     return pickle.dumps(Bomb(sentinel), protocol=2)  # torch's own
 
 
-@pytest.fixture(scope="module")
-def trained(tiny: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run in it, `run`, and its pruned folder, `run/pruned`."""
-    from lorakit.cli import main
-
-    folder = tmp_path_factory.mktemp("strangers")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        json.dumps(
-            {
-                "model": {"name": str(tiny), "precision": "fp32"},
-                "task": {"name": "classification", "max_length": 24},
-                "data": {"train": str(reviews)},
-                "adapter": {"variant": "lora", "rank": 2},
-                "train": {"steps": 2, "save_every": 1, "batch_size": 8},
-                "output_dir": str(folder / "run"),
-            }
-        )
-    )
-    for arguments in (["train", recipe], ["prune", folder / "run"]):
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        assert not end.value.code
-    return folder
-
-
 @pytest.fixture
-def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the run, `run` in the working folder."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.copytree(done, tmp_path / "run")
     return Path("run")
 
 

@@ -110,6 +110,53 @@ def t5(folder: Path, **settings: Any) -> Path:
     return _saved(T5ForConditionalGeneration, config, folder, **settings)
 
 
+def gguf_file(path: Path) -> Path:
+    """A Llama of one block and a vocabulary of bytes, as llama.cpp stores it, in 8-bit blocks."""
+    import gguf
+    import numpy
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = [*sorted(ByteLevel.alphabet()), "ab", "<end>"]
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, number in {
+        "context_length": 64,
+        "embedding_length": 32,
+        "block_count": 1,
+        "feed_forward_length": 64,
+        "head_count": 2,
+        "head_count_kv": 1,
+        "rope_dimension_count": 16,
+        "vocab_size": len(tokens),
+        "eos_token_id": len(tokens) - 1,
+    }.items():
+        getattr(writer, f"add_{name}")(number)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    attention = {
+        "attn_q": (32, 32),
+        "attn_k": (16, 32),
+        "attn_v": (16, 32),
+        "attn_output": (32, 32),
+    }
+    gated = {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    norms = {"attn_norm": (32,), "ffn_norm": (32,)}
+    shapes = {f"blk.0.{name}": s for name, s in (attention | gated | norms).items()}
+    draw, blocks = numpy.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
+    for name, shape in {**shapes, "token_embd": (len(tokens), 32), "output_norm": (32,)}.items():
+        values = draw.standard_normal(shape).astype(numpy.float32)
+        if len(shape) == 2 and name != "token_embd":
+            writer.add_tensor(f"{name}.weight", gguf.quantize(values, blocks), raw_dtype=blocks)
+        else:
+            writer.add_tensor(f"{name}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def _saved(kind: Any, config: Any, folder: Path, **settings: Any) -> Path:
     torch.manual_seed(0)
     kind(config).save_pretrained(folder)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.options import BaseModel, Json, Which
+from lorakit.cli.options import BaseModel, Force, Json, Which
 
 
 def prune(
@@ -52,6 +52,7 @@ def prune(
     ] = False,
     which: Which = None,
     base: BaseModel = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write an adapter as a small, standard PEFT folder.
@@ -73,8 +74,10 @@ def prune(
       lorakit prune runs/blora_bbc --packed
     """
     from lorakit.commands import adapters
+    from lorakit.commands.opening import Source
 
-    adapters.prune(path, out, (rank, energy, keep, of), layout, packed, which, base, as_json)
+    source = Source(path, which, base, force)
+    adapters.prune(source, out, (rank, energy, keep, of), layout, packed, as_json)
 
 
 def merge(
@@ -95,6 +98,7 @@ def merge(
     ] = "auto",
     which: Which = None,
     base: BaseModel = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write base and adapter as one model, which transformers loads alone.
@@ -110,8 +114,9 @@ def merge(
       lorakit merge some/peft/folder --dtype bf16 --out merged
     """
     from lorakit.commands import adapters
+    from lorakit.commands.opening import Source
 
-    adapters.merge(path, out, dtype, which, base, as_json)
+    adapters.merge(Source(path, which, base, force), out, dtype, as_json)
 
 
 def export(
@@ -135,6 +140,7 @@ def export(
     ] = None,
     which: Which = None,
     base: BaseModel = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write an adapter, nothing cut, in another program's format.
@@ -150,5 +156,6 @@ def export(
       lorakit export runs/quickstart --format peft --out adapter
     """
     from lorakit.commands import adapters
+    from lorakit.commands.opening import Source
 
-    adapters.export(path, form, out, which, base, as_json)
+    adapters.export(Source(path, which, base, force), form, out, as_json)

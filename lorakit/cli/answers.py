@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.options import BaseModel, Json, Precision, Which
+from lorakit.cli.options import BaseModel, Force, Json, Precision, Which
 
 
 def evaluate(
@@ -22,8 +22,8 @@ def evaluate(
             "--task",
             "--tasks",
             metavar="TASK",
-            help="A task, such as glue/sst2; or tasks of lm-evaluation-harness, with commas. "
-            "Default: the run's own.",
+            help="A task, such as glue/sst2, or several with commas: of GLUE's those that have the "
+            "same labels, or of lm-evaluation-harness's. Default: the run's own.",
         ),
     ] = None,
     data_dir: Annotated[
@@ -34,7 +34,8 @@ def evaluate(
         str,
         typer.Option(
             metavar="SPLIT",
-            help="train, validation, test; MNLI: validation_mismatched, test_mismatched.",
+            help="train, validation, test; MNLI: validation_mismatched, test_mismatched; several "
+            "with commas.",
         ),
     ] = "validation",
     limit: Annotated[
@@ -83,6 +84,7 @@ def evaluate(
     ] = None,
     which: Which = None,
     base: BaseModel = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Score a run, a checkpoint, a PEFT or packed folder.
@@ -100,15 +102,21 @@ def evaluate(
 
       lorakit eval some/peft/folder --task glue/sst2 --data-dir data/glue
 
+      lorakit eval runs/mnli --split validation,validation_mismatched
+
+      lorakit eval runs/mnli --task glue/mnli,glue/ax
+
       lorakit eval runs/rte --split test --predictions submission
 
       lorakit eval runs/alpaca --task commonsense --limit 100 --batch-size 8
     """
     from lorakit.commands import answers
+    from lorakit.commands.opening import Source
     from lorakit.evaluate import Wanted
 
     wanted = Wanted(task, data_dir, split, limit, batch_size, few_shot, include)
-    answers.evaluate(path, wanted, precision, output_path, predictions, which, base, as_json)
+    source = Source(path, which, base, force)
+    answers.evaluate(source, wanted, precision, output_path, predictions, as_json)
 
 
 def predict(
@@ -166,6 +174,7 @@ def predict(
     precision: Precision = "fp32",
     which: Which = None,
     base: BaseModel = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Answer texts: labels with probabilities, numbers, tags, or text that the model writes.
@@ -185,9 +194,11 @@ def predict(
       lorakit predict runs/alpaca "Name three rivers." --max-new-tokens 64
     """
     from lorakit.commands import answers
+    from lorakit.commands.opening import Source
     from lorakit.inputs import Given
     from lorakit.predict import Settings
 
     given = Given(tuple(texts or ()), tuple(pair or ()), file, tuple(column or ()) or None)
     settings = Settings(batch_size, max_length, max_new_tokens, form)
-    answers.predict(path, given, out, settings, precision, which, base, as_json)
+    source = Source(path, which, base, force)
+    answers.predict(source, given, out, settings, precision, as_json)

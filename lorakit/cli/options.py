@@ -21,6 +21,13 @@ BaseModel = Annotated[
         help="Base model, where the adapter names none or one that moved.",
     ),
 ]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Go on over another base model than it was trained on; with --resume, other rows too.",
+    ),
+]
 Precision = Annotated[
     str, typer.Option(metavar="fp32|bf16|auto", help="What the base is stored in.")
 ]

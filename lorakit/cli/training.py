@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.cli.options import Json
+from lorakit.cli.options import Force, Json
 
 
 def train(
@@ -24,6 +24,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of output_dir.")
     ] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Train the adapter that a recipe describes.
@@ -45,4 +46,4 @@ def train(
     if dry_run:
         training.dry_run(recipe, overrides or [], as_json)
     else:
-        training.train(recipe, overrides or [], resume, as_json)
+        training.train(recipe, overrides or [], resume, force, as_json)

@@ -7,26 +7,26 @@ from typing import Any, cast, get_args
 
 from rich.console import Console
 
-from lorakit import display, trained
+from lorakit import display
 from lorakit import export as exporting
 from lorakit import merge as merging
 from lorakit.card import GROWN, Pruned, told
+from lorakit.commands.opening import Source, opened
 from lorakit.display import print_json, size
 from lorakit.errors import LorakitError, one_of
 from lorakit.export import Converted, Layout
 from lorakit.merge import DTYPES, Merged
+from lorakit.progress import Watch
 from lorakit.prune import Selection, Unit
 from lorakit.trained import Trained
 
 
 def prune(
-    path: Path,
+    source: Source,
     out: Path | None,
     cut: tuple[int | None, float | None, float | None, str | None],
     layout: str | None,
     packed: bool,
-    which: str | None,
-    base: str | None,
     as_json: bool,
 ) -> None:
     """`lorakit prune`."""
@@ -36,7 +36,7 @@ def prune(
         _alone("--packed", options)
     one_of("--layout", layout or "pattern", get_args(Layout))
     one_of("--of", of or "ranks", get_args(Unit))
-    found = trained.open_trained(path, which, base=base)
+    found = opened(source, Watch(Console(stderr=True), quiet=as_json))
     target = out or exporting.default_out(found.path, "packed" if packed else "pruned")
     if packed:
         pruned = exporting.pack(found, target)
@@ -50,16 +50,14 @@ def prune(
 
 
 def merge(
-    path: Path,
+    source: Source,
     out: Path | None,
     dtype: str,
-    which: str | None,
-    base: str | None,
     as_json: bool,
 ) -> None:
     """`lorakit merge`."""
     one_of("--dtype", dtype, ("auto", *DTYPES))
-    found = trained.open_trained(path, which, base=base)
+    found = opened(source, Watch(Console(stderr=True), quiet=as_json))
     merged = merging.merge(found, out or exporting.default_out(found.path, "merged"), dtype)
     if as_json:
         print_json(asdict(merged))
@@ -68,16 +66,14 @@ def merge(
 
 
 def export(
-    path: Path,
+    source: Source,
     form: str,
     out: Path | None,
-    which: str | None,
-    base: str | None,
     as_json: bool,
 ) -> None:
     """`lorakit export`."""
     one_of("--format", form, tuple(FORMATS))
-    found = trained.open_trained(path, which, base=base)
+    found = opened(source, Watch(Console(stderr=True), quiet=as_json))
     write, name, show = FORMATS[form]
     written = write(found, out or exporting.default_out(found.path, name))
     if as_json:

@@ -1,19 +1,20 @@
 """What `lorakit eval` and `predict` do."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeGuard, cast, get_args
+from typing import Any, cast, get_args
 
 from rich.console import Console, Group, RenderableType
 
-from lorakit import display, harness, progress, run_folder, sheets, submission, tasks, trained
+from lorakit import display, harness, progress, sheets, submission, tasks
+from lorakit.commands.opening import Source, opened
 from lorakit.disk import write_text
 from lorakit.display import print_json, size
 from lorakit.errors import FolderError, LorakitError, one_of
-from lorakit.evaluate import Scored, Wanted, outputs, score, task_name
+from lorakit.evaluate import Scored, Wanted, each, names_in, outputs, score, task_name
 from lorakit.harness import Measured
 from lorakit.inputs import Given
 from lorakit.models import Precision
@@ -22,18 +23,13 @@ from lorakit.submission import Submitted
 from lorakit.tasks import glue
 from lorakit.trained import Card, Trained
 
-RUNS = Path("runs")
-"""Where `eval` looks for the newest run."""
-
 
 def evaluate(
-    path: Path | None,
+    source: Source,
     wanted: Wanted,
     precision: str,
     output_path: Path | None,
     predictions: Path | None,
-    which: str | None,
-    base: str | None,
     as_json: bool,
 ) -> None:
     """`lorakit eval`."""
@@ -41,20 +37,13 @@ def evaluate(
     if output_path is not None and (output_path.is_dir() or not output_path.parent.is_dir()):
         raise FolderError(f"--output-path: {output_path}: expected a file in a folder that exists.")
     watch = progress.Watch(Console(stderr=True), quiet=as_json)
-    if path is None:
-        path = run_folder.newest_run(RUNS)
-        watch.note(f"the newest run: {path}")
-    _refuse_unheard(wanted, predictions)
-    asked = None
-    if _is_elsewhere(wanted.task):
-        asked = harness.find(wanted.task, wanted.include)
-    elif wanted.task is not None:
-        one_of("--task", wanted.task, tasks.names())
-    found = trained.open_trained(path, which, cast(Precision, precision), base)
+    asked = _asked(wanted, predictions)
+    found = opened(source, watch, cast(Precision, precision))
     answered, shown = _answered(found, wanted, precision, predictions, asked)
-    for note in answered.notes:
+    for note in dict.fromkeys(note for one in answered for note in one.notes):
         watch.note(note)
-    result = {**asdict(answered), "step": found.step}
+    results = [{**asdict(one), "step": found.step} for one in answered]
+    result = results[0] if len(results) == 1 else {"results": results}
     if output_path is not None:
         write_text(output_path, json.dumps(result, indent=2, default=str) + "\n")
     if as_json:
@@ -63,57 +52,85 @@ def evaluate(
         Console(highlight=False, markup=False).print(shown)
 
 
+def _asked(wanted: Wanted, predictions: Path | None) -> harness.Asked | None:
+    """The harness's tasks, found; null where lorakit's own are wanted.
+
+    Raises:
+        LorakitError: a task is not known, or both kinds are wanted; or an option says nothing of
+            the kind that is.
+
+    """
+    names = [] if wanted.task is None else names_in(wanted.task)
+    elsewhere = [name for name in names if name not in tasks.names() and not _is_glue(name)]
+    if own := [name for name in names if name not in elsewhere]:
+        if elsewhere:
+            raise LorakitError(
+                f"--task: {', '.join(own)} of lorakit's own tasks and {', '.join(elsewhere)} of "
+                "lm-evaluation-harness's are scored in different ways; ask for one kind at a time."
+            )
+        for name in own:
+            one_of("--task", name, tasks.names())
+    _refuse_unheard(wanted, predictions, bool(elsewhere))
+    return harness.find(str(wanted.task), wanted.include) if elsewhere else None
+
+
+def _is_glue(name: str) -> bool:
+    """Whether it is a task of GLUE's, or meant to be."""
+    return name.startswith(glue.PREFIX)
+
+
 def _answered(
     found: Trained,
     wanted: Wanted,
     precision: str,
     predictions: Path | None,
     asked: harness.Asked | None,
-) -> tuple[Scored | Submitted | Measured, RenderableType]:
-    """The result, and what a person sees of it."""
-    if predictions is not None:
-        submitted = _submitted(found, wanted, predictions)
-        return submitted, f"written: {submitted.file}, {submitted.rows:,} rows"
+) -> tuple[Sequence[Scored | Submitted | Measured], RenderableType]:
+    """The results, and what a person sees of them."""
     if asked is not None:
         measured = harness.measure(found, asked, wanted, precision)
         title = f"{measured.path}, asked by lm-evaluation-harness {measured.harness}"
         table = display.measured_table(measured.rows, measured.scores, measured.errors)
-        return measured, Group(title, table)
-    scored = score(found, wanted, precision)
-    return scored, _shown(scored, found, whole=wanted.limit is None)
+        return [measured], Group(title, table)
+    if predictions is not None:
+        written = _submitted(found, each(wanted), predictions)
+        return written, "\n".join(f"written: {one.file}, {one.rows:,} rows" for one in written)
+    scored = score(found, each(wanted), precision)
+    if len(scored) == 1:
+        return scored, _shown(scored[0], found, whole=wanted.limit is None)
+    title = f"{found.path} in {precision}"
+    rows = [(one.task, one.split, one.rows, one.scores) for one in scored]
+    return scored, Group(title, display.scored_table(rows))
 
 
-def _is_elsewhere(task: str | None) -> TypeGuard[str]:
-    """Whether a task is not lorakit's own, nor meant to be."""
-    return task not in (None, *tasks.names()) and not str(task).startswith(glue.PREFIX)
-
-
-def _refuse_unheard(wanted: Wanted, predictions: Path | None) -> None:
-    """Raises LorakitError for options that say nothing of the task that is asked for."""
-    elsewhere = {"num-fewshot": wanted.few_shot, "include-path": wanted.include}
-    here = {"data-dir": wanted.data_dir, "predictions": predictions}
-    unheard, whose = (here, "GLUE") if _is_elsewhere(wanted.task) else (elsewhere, "the harness")
+def _refuse_unheard(wanted: Wanted, predictions: Path | None, elsewhere: bool) -> None:
+    """Raises LorakitError for options that say nothing of the tasks that are asked for."""
+    theirs = {"num-fewshot": wanted.few_shot, "include-path": wanted.include}
+    split = None if wanted.split == Wanted.split else wanted.split
+    ours = {"data-dir": wanted.data_dir, "predictions": predictions, "split": split}
+    unheard, whose = (ours, "GLUE") if elsewhere else (theirs, "the harness")
     if given := [f"--{name}" for name, value in unheard.items() if value is not None]:
         raise LorakitError(f"{', '.join(given)}: goes with tasks of {whose}; got {wanted.task}.")
 
 
-def _submitted(found: Trained, wanted: Wanted, folder: Path) -> Submitted:
-    """Writes GLUE's file of what is predicted of each row."""
-    task = task_name(found, wanted)
-    submission.check(task, folder)
-    rows, notes = outputs(found, wanted)
-    file = submission.write(folder, task, wanted.split, rows)
-    return Submitted(found.path, task, wanted.split, len(rows), file, notes)
+def _submitted(found: Trained, wanted: Sequence[Wanted], folder: Path) -> list[Submitted]:
+    """Writes GLUE's files of what is predicted of each row."""
+    names = [task_name(found, one) for one in wanted]
+    for name in names:
+        submission.check(name, folder)
+    written = []
+    for name, one, (rows, notes) in zip(names, wanted, outputs(found, wanted), strict=True):
+        file = submission.write(folder, name, one.split, rows)
+        written.append(Submitted(found.path, name, one.split, len(rows), file, notes))
+    return written
 
 
 def predict(
-    path: Path,
+    source: Source,
     given: Given,
     out: Path | None,
     settings: Settings,
     precision: str,
-    which: str | None,
-    base: str | None,
     as_json: bool,
 ) -> None:
     """`lorakit predict`."""
@@ -123,7 +140,8 @@ def predict(
     if out is not None:
         sheets.check(out)
     console = Console(stderr=True)
-    found = trained.open_trained(path, which, cast(Precision, precision), base)
+    watch = progress.Watch(console, quiet=as_json)
+    found = opened(source, watch, cast(Precision, precision))
     how, counts = reading(found, given.columns), Counts()
     texts = answers(found, given.inputs(how), settings, counts)
     rows: list[Mapping[str, Any]] = []
@@ -135,7 +153,6 @@ def predict(
             write(row(text, answer))
             tick()
     done = counts.read - counts.empty
-    watch = progress.Watch(console, quiet=as_json)
     for note in counts.notes():
         watch.note(note)
     if as_json:

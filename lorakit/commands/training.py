@@ -7,13 +7,16 @@ from rich.console import Console
 
 from lorakit import display, plots, progress, recipe, report, run, variants
 from lorakit.display import print_json, size
+from lorakit.errors import LorakitError
 
 
-def train(path: Path, overrides: list[str], resume: bool, as_json: bool) -> None:
+def train(path: Path, overrides: list[str], resume: bool, force: bool, as_json: bool) -> None:
     """`lorakit train`."""
+    if force and not resume:
+        raise LorakitError("--force: goes with --resume; a new run takes the base that is there.")
     loaded = recipe.load(_recipe_file(path), overrides)
     with progress.Watch(Console(stderr=True), quiet=as_json) as watch:
-        outcome = run.run(loaded, resume, watch)
+        outcome = run.run(loaded, resume, watch, force)
     if outcome is None:  # another process answers
         return
     ends = report.stage_ends(outcome.run)

@@ -1,15 +1,15 @@
 """Rows of text with labels, from users' own files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
-from pydantic import Field, NonNegativeInt, field_validator
+from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator
 
 from lorakit.data import tables
-from lorakit.data.columns import Asked, Columns, labelled_folder, read_rows
+from lorakit.data.columns import Asked, columns_of, labelled_folder, read_rows
 from lorakit.data.labels import Kind, in_order
 from lorakit.data.rows import Rows
-from lorakit.data.sources import Record, records, splits_of
+from lorakit.data.sources import Record, origin, records, splits_of
 from lorakit.data.splitting import split, without_duplicates
 from lorakit.errors import DataError
 from lorakit.places import locate
@@ -55,6 +55,14 @@ class DataSection(Section):
     """Drop training rows whose text was seen before, or is scored: no text is trained on and
     scored."""
 
+    @field_validator("revision")
+    @classmethod
+    def _of_the_hub(cls, revision: str | None, others: ValidationInfo) -> str | None:
+        named = [others.data.get("train"), others.data.get("validation")]
+        if revision is not None and not any(str(name).startswith(tables.HUB) for name in named):
+            raise ValueError(f"only a data set of the hub has revisions: {tables.HUB}OWNER/NAME")
+        return revision
+
     @field_validator("labels")
     @classmethod
     def _two_or_more(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -72,6 +80,8 @@ class Splits(NamedTuple, Generic[R]):
     rows: dict[str, R]
     labels: tuple[str, ...]
     notes: tuple[str, ...]
+    origins: Mapping[str, str | None] = {}
+    """By name of a setting or a file, what tells the rows from others: a commit, a digest."""
 
 
 class Source(NamedTuple):
@@ -86,6 +96,10 @@ class Source(NamedTuple):
     def records(self) -> Iterator[Record]:
         """They, one at a time; raises DataError as `sources.records`."""
         return records(self.name, self.where, self.split, self.revision)
+
+    def origin(self) -> dict[str, str | None]:
+        """By the setting, what tells its rows from others; raises DataError as `origin`."""
+        return {self.where: origin(self.name, self.where, self.revision)}
 
 
 def sources(section: DataSection) -> tuple[Source, Source | None]:
@@ -107,6 +121,23 @@ def sources(section: DataSection) -> tuple[Source, Source | None]:
     return train, Source(name, wanted, section.revision, where)
 
 
+def settled(section: DataSection, kind: Kind) -> tuple[DataSection, tuple[str, ...]]:
+    """The section with the columns that it leaves to be found, and what was found, to be said.
+
+    Raises:
+        DataError: the training rows are missing, or none or several columns could be meant.
+
+    """
+    if section.text is not None and section.label is not None:
+        return section, ()
+    (source, _), asked = sources(section), _asked(section, kind)
+    if (first := next(_records(source, []), None)) is None:
+        return section, ()  # to be refused when its rows are read
+    columns = columns_of(first, asked, source.name, source.where)
+    text = columns.texts[0] if len(columns.texts) == 1 else columns.texts
+    return section.model_copy(update={"text": text, "label": columns.label}), columns.told(asked)
+
+
 def read(section: DataSection, kind: Kind) -> Splits[Rows]:
     """Reads, removes duplicates, splits.
 
@@ -115,17 +146,13 @@ def read(section: DataSection, kind: Kind) -> Splits[Rows]:
             needs, for example of a label outside the set.
 
     """
-    texts = (section.text,) if isinstance(section.text, str) else section.text
-    asked = Asked(texts, section.label, kind, section.separator, section.labels or ())
+    section, told = settled(section, kind)
     source, other = sources(section)
-    train, columns = _read(source, asked)
-    notes, valid = list(train.notes), None
-    if columns is not None:
-        notes += columns.told(asked)
-        asked = asked._replace(texts=columns.texts, label=columns.label)
+    train, valid = _read(source, _asked(section, kind)), None
+    notes, origins = [*told, *train.notes], source.origin()
     if other is not None:
-        valid, _ = _read(other, asked)
-        notes += valid.notes
+        valid = _read(other, _asked(section, kind))
+        notes, origins = [*notes, *valid.notes], origins | other.origin()
         if section.validation is None:
             notes.append(f"validation rows are the split {other.split!r} of {other.name}")
     if section.deduplicate:
@@ -139,15 +166,24 @@ def read(section: DataSection, kind: Kind) -> Splits[Rows]:
         train, valid = split(train, section.held_out, section.split_seed, strata)
     else:
         kind.check(valid, labels, f"data.{VALIDATION}", False)
-    return Splits({"train": train, VALIDATION: valid}, labels, tuple(notes))
+    return Splits({"train": train, VALIDATION: valid}, labels, tuple(notes), origins)
 
 
-def _read(source: Source, asked: Asked) -> tuple[Rows, Columns | None]:
+def _asked(section: DataSection, kind: Kind) -> Asked:
+    texts = (section.text,) if isinstance(section.text, str) else section.text
+    return Asked(texts, section.label, kind, section.separator, section.labels or ())
+
+
+def _read(source: Source, asked: Asked) -> Rows:
     notes: list[str] = []
-    found = source.records()
+    rows = read_rows(_records(source, notes), asked, source.name, source.where)
+    return rows._replace(notes=tuple(notes))
+
+
+def _records(source: Source, notes: list[str]) -> Iterator[Record]:
+    """Those of a folder of texts, too; `notes` gets what is to be said of its files."""
     if not source.name.startswith(tables.HUB):
         path = locate(source.name, DataError, source.where)
         if path.is_dir() and not tables.is_saved(path):
-            found = labelled_folder(path, source.where, notes)
-    rows, columns = read_rows(found, asked, source.name, source.where)
-    return rows._replace(notes=tuple(notes)), columns
+            return labelled_folder(path, source.where, notes)
+    return source.records()

@@ -16,7 +16,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from hashlib import file_digest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, overload
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.disk import cache_root, whole_folder
+from lorakit.disk import cache_root, digest, whole_folder
 
 HEADER, LENGTHS, FORMAT = "header.json", "lengths.npy", 1
 NUMBER = np.dtype("<i4")
@@ -121,7 +120,7 @@ def _write(folder: Path, chunks: Iterator[Chunk]) -> None:
         for file in files.values():
             file.close()
     np.save(folder / LENGTHS, np.concatenate(lengths))
-    digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    digests = {path.name: digest(path) for path in sorted(folder.iterdir())}
     header = {"format": FORMAT, "columns": list(files), "cut": cut, "sha256": digests}
     (folder / HEADER).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
@@ -138,15 +137,10 @@ def _is_whole(folder: Path) -> bool:
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         digests: dict[str, str] = header["sha256"]
-        same = all(_digest(folder / name) == digest for name, digest in digests.items())
+        same = all(digest(folder / name) == told for name, told in digests.items())
         return header["format"] == FORMAT and same
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

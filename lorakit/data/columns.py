@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,14 +37,14 @@ class Columns(NamedTuple):
     texts: tuple[str, ...]
     label: str
 
-    def told(self, asked: Asked) -> list[str]:
+    def told(self, asked: Asked) -> tuple[str, ...]:
         """What was found that the recipe does not name, unless it is called as it is here."""
         found = []
         if asked.texts is None and self.texts != ("text",):
             found.append(f"text {' and '.join(map(repr, self.texts))}")
         if asked.label is None and self.label != "label":
             found.append(f"label {self.label!r}")
-        return [f"columns found by their names: {', '.join(found)}"] if found else []
+        return (f"columns found by their names: {', '.join(found)}",) if found else ()
 
 
 class Asked(NamedTuple):
@@ -74,32 +75,42 @@ class Asked(NamedTuple):
         return Columns(texts, label)
 
 
-def read_rows(
-    records: Iterator[Record], asked: Asked, origin: str, where: str
-) -> tuple[Rows, Columns | None]:
-    """The rows of `records`, and the columns they are from; None where there are no rows.
+def columns_of(first: Record, asked: Asked, origin: str, where: str) -> Columns:
+    """The columns to read, as the first record of `origin` shows them.
+
+    Raises:
+        DataError: as `Asked.among`.
+
+    """
+    try:
+        return asked.among(list(first.cells))
+    except DataError as error:
+        raise DataError(f"{where}: {origin}: {error}") from None
+
+
+def read_rows(records: Iterator[Record], asked: Asked, origin: str, where: str) -> Rows:
+    """The rows of `records`.
 
     Raises:
         DataError: as `Asked.among`; or a cell is empty or not what it should be, with its place.
 
     """
-    rows, columns = empty(origin), None
-    for place, cells in records:
+    rows, first = empty(origin), next(records, None)
+    if first is None:
+        return rows
+    columns = columns_of(first, asked, origin, where)
+    for place, cells in chain([first], records):
         try:
-            if columns is None:
-                columns = _in(origin, asked, list(cells))
             rows.texts.append(_text(cells, columns, asked.kind))
             rows.labels.append(_label(cells, columns, asked))
         except ValueError as error:
             raise DataError(f"{where}: {place}: {error}.") from None
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
         rows.places.append(place)
         if asked.kind.words and len(rows.texts[-1]) != len(rows.labels[-1]):
             raise DataError(
                 f"{where}: {place}: {len(rows.texts[-1])} words, but {len(rows.labels[-1])} tags."
             )
-    return rows, columns
+    return rows
 
 
 def labelled_folder(path: Path, where: str, notes: list[str]) -> Iterator[Record]:
@@ -139,13 +150,6 @@ def text_columns(known: Sequence[str], words: bool) -> tuple[str, ...]:
 
     """
     return _words(known) if words else _texts(known)
-
-
-def _in(origin: str, asked: Asked, known: Sequence[str]) -> Columns:
-    try:
-        return asked.among(known)
-    except DataError as error:
-        raise DataError(f"{origin}: {error}") from None
 
 
 def _texts(known: Sequence[str]) -> tuple[str, ...]:

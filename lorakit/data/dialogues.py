@@ -48,24 +48,25 @@ def read(section: DataSection, wanted: Wanted) -> Splits[Dialogues]:
     found = _layout(source, wanted)
     train, valid = _read(source, found), None
     notes = [f"rows are read as {found.format}: {', '.join(found.columns)}"]
+    origins = source.origin()
     if other is not None:
-        valid = _read(other, found)
+        valid, origins = _read(other, found), origins | other.origin()
     if section.deduplicate:
         train, said = _without_duplicates(train, valid)
         notes += said
     if valid is None:
         train, valid = split(train, section.held_out, section.split_seed)
-    return Splits({"train": train, "validation": valid}, (), tuple(notes))
+    return Splits({"train": train, "validation": valid}, (), tuple(notes), origins)
 
 
-def format_of(section: DataSection, wanted: Wanted) -> Format:
-    """The format of the training rows, from the first of them.
+def layout_of(section: DataSection, wanted: Wanted) -> Layout:
+    """Where the turns are in the training rows, from the first of them.
 
     Raises:
         DataError: as `read` does.
 
     """
-    return _layout(sources(section)[0], wanted).format
+    return _layout(sources(section)[0], wanted)
 
 
 def _layout(source: Source, wanted: Wanted) -> Layout:

@@ -69,6 +69,9 @@ class Layout(NamedTuple):
     columns: tuple[str, ...]
     """Without which a record is refused."""
     read: Callable[[Record], tuple[Turn, ...]]
+    prompt: str | None = None
+    """That of the prompt or the text, where a recipe may name it and one alone is asked."""
+    completion: str | None = None
 
 
 def fields(template: str) -> list[str]:
@@ -101,6 +104,7 @@ def layout(wanted: Wanted, first: Record) -> Layout:
     elif named == "text":
         column = wanted.prompt or TEXT
         found = Layout("text", (column,), lambda record: (_said(ASSISTANT, record, column),))
+        found = found._replace(prompt=column)
     else:
         found = _prompt_layout(wanted, columns)
     for column in found.columns:
@@ -168,7 +172,8 @@ def _prompt_layout(wanted: Wanted, columns: Sequence[str]) -> Layout:
             question = Turn("user", wanted.template.format(**cells))
         return question, _said(ASSISTANT, record, completion)
 
-    return Layout("prompt", (*asked, completion), read)
+    named = prompt if wanted.template is None else None
+    return Layout("prompt", (*asked, completion), read, named, completion)
 
 
 def _alpaca(record: Record) -> tuple[Turn, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorakit.data import tables
+from lorakit.disk import digest
 from lorakit.errors import DataError, nearest
 from lorakit.places import locate
 
@@ -93,6 +94,19 @@ def splits_of(name: str, where: str, revision: str | None = None) -> tuple[str, 
         raise DataError(f"{where}: {error}") from error
 
 
+def origin(name: str, where: str, revision: str | None = None) -> str | None:
+    """What tells these rows from others of the same name: the commit of a hub's set, null where
+    it is not known; else `sha256:` and a digest of what the file or folder holds.
+
+    Raises:
+        DataError: it is not there.
+
+    """
+    if not name.startswith(tables.HUB):
+        return f"sha256:{digest(locate(name, DataError, where))}"
+    return tables.commit(tables.hub(name, revision))
+
+
 def read_unquoted_tsv(
     path: Path, columns: Sequence[str], header: Sequence[str] = ()
 ) -> Iterator[tuple[int, tuple[str, ...] | None]]:
@@ -116,7 +130,7 @@ def read_unquoted_tsv(
                     cells = content.rstrip("\r\n").split("\t")
                     yield line, tuple(cells[i] for i in at) if len(cells) > max(at) else None
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text.") from None
+        raise DataError(_undecodable(path)) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
@@ -192,14 +206,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
     with path.open(encoding="utf-8-sig") as file:
         for line, content in enumerate(file, start=1):
             if content.strip():
-                try:
-                    cells = json.loads(content, object_pairs_hook=_once)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path} line {line}: not JSON: {error.msg}.") from None
-                except RecursionError:
-                    raise DataError(f"{path} line {line}: nested too deep.") from None
-                except _TwiceError as error:
-                    raise DataError(f"{path} line {line}: {error}") from None
+                cells = _parsed(content, path, line)
                 if not isinstance(cells, dict):
                     raise DataError(f"{path} line {line}: expected an object, one on each line.")
                 yield line, cells
@@ -207,14 +214,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
 
 def _json(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
     """(item, cells) of a list of objects, or of one under the key `data`; items count from 1."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno}: not JSON: {error.msg}.") from None
-    except RecursionError:
-        raise DataError(f"{path}: nested too deep.") from None
-    except _TwiceError as error:
-        raise DataError(f"{path}: {error}") from None
+    found = _parsed(path.read_text(encoding="utf-8-sig"), path)
     items = found.get("data") if isinstance(found, dict) else found
     if not isinstance(items, list):
         raise DataError(f"{path}: expected a list of objects, or one under the key 'data'.")
@@ -222,6 +222,20 @@ def _json(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
         if not isinstance(cells, dict):
             raise DataError(f"{path} item {item}: expected an object.")
         yield item, cells
+
+
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    """The value of a JSON text: a file, or its `line`."""
+    place = f"{path} line {line}" if line else str(path)
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        at = place if line else f"{path} line {error.lineno}"
+        raise DataError(f"{at}: not JSON: {error.msg}.") from None
+    except RecursionError:
+        raise DataError(f"{place}: nested too deep.") from None
+    except _TwiceError as error:
+        raise DataError(f"{place}: {error}") from None
 
 
 class _TwiceError(ValueError):

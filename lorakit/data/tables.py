@@ -7,7 +7,9 @@ an unknown label there, becomes None.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ TRAIN = "train"
 """The split that is read where none is named."""
 _CHUNK = 1_000
 """Rows turned into Python objects together."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Cells = dict[str, Any]
 Name = Callable[[Any], Any]
@@ -92,8 +96,11 @@ def splits_of_saved(folder: Path) -> tuple[str, ...]:
     return tuple(json.loads(path.read_text())["splits"]) if path.is_file() else ()
 
 
+@cache
 def hub(name: str, revision: str | None) -> DatasetDict:
     """All splits of `hub:OWNER/NAME` or `hub:OWNER/NAME/CONFIG`.
+
+    Asked for once in a process, so that all its splits are of one commit.
 
     Raises:
         DataError: there is no such data set, or the hub is not reached.
@@ -106,6 +113,15 @@ def hub(name: str, revision: str | None) -> DatasetDict:
         return load_dataset(owner, config, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"{name!r} cannot be loaded: {_first_line(error)}{_offline()}") from error
+
+
+def commit(found: DatasetDict) -> str | None:
+    """The commit of the hub's repository that `hub` has read; null where its files do not tell.
+
+    `datasets` names the folder of a set's files in its cache by the commit they were made of.
+    """
+    files = (Path(file["filename"]) for split in found.values() for file in split.cache_files)
+    return next((path.parent.name for path in files if _COMMIT.fullmatch(path.parent.name)), None)
 
 
 def hub_name(name: str) -> tuple[str, str | None]:

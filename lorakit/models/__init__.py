@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lorakit.base import Codes, is_linear, is_quantized, quantized, settled
 from lorakit.errors import ModelError
-from lorakit.models import gguf, heads, kernels
+from lorakit.models import fingerprint, gguf, heads, kernels
+from lorakit.models.fingerprint import Fingerprint
 from lorakit.models.heads import WRITERS, Head
 from lorakit.models.refusals import cannot_load
 from lorakit.places import PACKAGE, locate
@@ -41,6 +42,11 @@ class ModelSection(Section):
     dropout: float | None = Field(None, ge=0.0, lt=1.0)
     """Dropout within the base model while training; null: as its own configuration has it."""
 
+    @property
+    def gguf(self) -> str | None:
+        """The name of the GGUF file that it is; null where it is none."""
+        return Path(self.name).name if self.name.endswith(gguf.ENDING) else None
+
     @field_validator("double_quant")
     @classmethod
     def _of_four_bits(cls, double: bool, others: ValidationInfo) -> bool:
@@ -58,8 +64,7 @@ class Base(NamedTuple):
     """Names of the modules that start anew and are trained whole."""
     max_tokens: int
     """The longest sequence the model has positions for."""
-    commit: str | None = None
-    """Of the hub's repository it came from."""
+    fingerprint: Fingerprint
     notes: tuple[str, ...] = ()
     """What was done to it, to be said aloud."""
 
@@ -94,6 +99,7 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
         )
         if section.dropout is not None:
             _set_dropout(config, section.dropout)
+        in_files, commit = config.dtype, getattr(config, "_commit_hash", None)
         model, info = getattr(transformers, heads.CLASSES[head.kind]).from_pretrained(
             where,
             config=config,
@@ -118,6 +124,7 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
             f"model.name: {section.name!r} writes no text: its files lack {min(fresh)}."
         )
     names, notes = heads.modules_of(model, fresh, head), _pad(section.name, model, tokenizer)
+    known_by = fingerprint.of(model, names, in_files, commit)  # before there are codes
     if section.precision == "auto":
         notes = (kernels.automatic()[1], *notes)
     if section.quantize is not None:
@@ -126,7 +133,7 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
         settled(module)  # a base may bring codes of its own
     kernels.install(model, head)
     longest = min(_positions(model) or tokenizer.model_max_length, tokenizer.model_max_length)
-    return Base(model, tokenizer, names, longest, getattr(config, "_commit_hash", None), notes)
+    return Base(model, tokenizer, names, longest, known_by, notes)
 
 
 def resolve(name: str) -> str:

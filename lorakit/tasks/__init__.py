@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import PositiveInt, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from lorakit.data import DataSection, dialogues, labels, read
+from lorakit.data import DataSection
 from lorakit.data.batching import Batch
-from lorakit.data.formats import Wanted, fields
+from lorakit.data.formats import fields
 from lorakit.errors import DataError, no_such
 from lorakit.models.heads import Head
 from lorakit.schema import Section
 from lorakit.tasks import glue
-from lorakit.tasks.causal import CausalTask, LossOn
-from lorakit.tasks.classification import Classification
-from lorakit.tasks.multilabel import MultiLabel
-from lorakit.tasks.regression import Regression, pearson, rmse, spearman
-from lorakit.tasks.seq2seq import Seq2SeqTask
+from lorakit.tasks.causal import LossOn
+from lorakit.tasks.own import OWN, Settled, ignored
 from lorakit.tasks.texts import TextTask
-from lorakit.tasks.tokens import TokenTask
 
 
 def names() -> list[str]:
@@ -71,10 +67,10 @@ class TaskSection(Section):
     def _heard(cls, value: Any, others: ValidationInfo) -> Any:
         """Refuses what the task would ignore."""
         name, field = others.data.get("name"), str(others.field_name)
-        if name is None or value == cls.model_fields[field].default or field in HEARD.get(name, ()):
-            return value
-        hearing = [other for other in OWN if field in HEARD.get(other, ())] or ["GLUE's tasks"]
-        raise ValueError(f"{name} would ignore it; it is for {' and '.join(hearing)}")
+        given = name is not None and value != cls.model_fields[field].default
+        if given and (why := ignored(str(name), f"task.{field}")):
+            raise ValueError(why)
+        return value
 
     @field_validator("template")
     @classmethod
@@ -97,6 +93,10 @@ class Task(Protocol):
     @property
     def notes(self) -> tuple[str, ...]:
         """What was done to the rows, to be said aloud."""
+
+    @property
+    def origins(self) -> Mapping[str, str | None]:
+        """What tells the rows from others of the same name, as `data.Splits` has it."""
 
     def head(self) -> Head:
         """What the model's last layer must be; known before the model is loaded."""
@@ -152,95 +152,22 @@ def build(section: TaskSection, data: DataSection | None) -> Task:
     """
     if section.name in OWN:
         assert data is not None  # the recipe has refused it
-        return OWN[section.name](section, data)
+        return OWN[section.name].build(section, data)
     splits = glue.read(section.name, section.data_dir)
     return TextTask(splits, section.max_length, glue.TASKS[section.name].objective)
 
 
-def _classification(section: TaskSection, data: DataSection) -> Task:
-    splits = read(data, labels.ONE)
-    return TextTask(splits, section.max_length, Classification(splits.labels))
+def settled(section: TaskSection, data: DataSection | None) -> Settled:
+    """The sections with what they leave to be found from the rows.
 
-
-def _regression(section: TaskSection, data: DataSection) -> Task:
-    if data.labels is not None:
-        raise DataError("data.labels: regression has none; what it learns are numbers.")
-    metrics = (pearson, spearman, rmse)
-    return TextTask(read(data, labels.NUMBER), section.max_length, Regression(metrics))
-
-
-def _multi_label(section: TaskSection, data: DataSection) -> Task:
-    splits = read(data, labels.SEVERAL)
-    return TextTask(splits, section.max_length, MultiLabel(splits.labels))
-
-
-def _tokens(section: TaskSection, data: DataSection) -> Task:
-    if isinstance(data.text, tuple):
-        raise DataError("data.text: token-classification expects one column, of lists of words.")
-    return TokenTask(read(data, labels.TAGS), section.max_length)
-
-
-def _wanted(section: TaskSection, data: DataSection) -> Wanted:
-    """What the recipe says of the columns of rows whose answer is text.
+    So a run's recipe says what a text is prompted with, and which columns it is in, when its rows
+    are not at hand.
 
     Raises:
-        DataError: a setting would be ignored.
+        DataError: the training rows are missing, or no format or column fits them.
 
     """
-    if data.labels is not None:
-        raise DataError(f"data.labels: {section.name} has none; its answers are texts.")
-    if isinstance(data.text, tuple):
-        raise DataError("data.text: expected one column; several go into task.template.")
-    named = None if section.format == "auto" else section.format
-    return Wanted(named, section.template, data.text, data.label)
-
-
-def _causal(section: TaskSection, data: DataSection) -> Task:
-    splits = dialogues.read(data, _wanted(section, data))
-    if section.generate is not None and splits.rows["train"].format == "text":
-        raise DataError("task.generate: rows are read as text: they have no prompts to answer.")
-    told = section.generate, section.loss_on, section.packing
-    return CausalTask(splits, section.max_length, *told)
-
-
-def _seq2seq(section: TaskSection, data: DataSection) -> Task:
-    splits = dialogues.read(data, _wanted(section, data))
-    if (found := splits.rows["train"].format) not in ("prompt", "alpaca"):
-        raise DataError(f"task.format: seq2seq needs prompts with completions; rows are {found}.")
-    return Seq2SeqTask(splits, section.max_length, section.generate)
-
-
-def settled(section: TaskSection, data: DataSection | None) -> TaskSection:
-    """The section with what it leaves to be found from the rows, as far as prompts depend on it.
-
-    So a run's recipe says what a text is to be prompted with, when its rows are not at hand.
-
-    Raises:
-        DataError: the training rows are missing, or no format fits them.
-
-    """
-    if data is None or section.format != "auto" or "format" not in HEARD.get(section.name, ()):
-        return section
-    found = dialogues.format_of(data, _wanted(section, data))
-    return section.model_copy(update={"format": found})
-
-
-OWN: Mapping[str, Callable[[TaskSection, DataSection], Task]] = {
-    "classification": _classification,
-    "regression": _regression,
-    "multi-label": _multi_label,
-    "token-classification": _tokens,
-    "causal-lm": _causal,
-    "seq2seq": _seq2seq,
-}
-"""Tasks whose rows come from the `data` section, by name."""
-
-HEARD: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(glue.TASKS, ("data_dir",)),
-    "causal-lm": ("format", "template", "loss_on", "packing", "generate"),
-    "seq2seq": ("format", "template", "generate"),
-}
-"""The settings that only some tasks listen to, by the task's name."""
+    return Settled(section, data) if data is None else OWN[section.name].settle(section, data)
 
 
 def evaluate(
@@ -254,11 +181,21 @@ def evaluate(
         DataError: the rows have no labels.
 
     """
+    refuse_unlabelled(task, split)
     found, labels = [], []
-    for batch, answer in _answers(model, task, split, batch_size, device, scored=True):
+    for batch, answer in _answers(model, task, split, batch_size, device):
         found.append(answer)
         labels.append(batch.labels)
     return task.score(torch.cat(found), torch.cat(labels))
+
+
+def refuse_unlabelled(task: Task, split: str) -> None:
+    """Raises DataError where the rows of a split have nothing to be scored by."""
+    if not len(next(task.batches(split, 1)).labels):
+        raise DataError(
+            f"the rows of {split} have no labels to be scored by; write what is predicted "
+            "of them with --predictions."
+        )
 
 
 def outputs(
@@ -273,23 +210,13 @@ def outputs(
 
 
 def _answers(
-    model: nn.Module,
-    task: Task,
-    split: str,
-    batch_size: int,
-    device: torch.device,
-    scored: bool = False,
+    model: nn.Module, task: Task, split: str, batch_size: int, device: torch.device
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Each batch of a split with what the model says of it; the longest rows first."""
     training = model.training
     model.eval()
     try:
         for batch in task.batches(split, batch_size):
-            if scored and not len(batch.labels):
-                raise DataError(
-                    f"the rows of {split} have no labels to be scored by; write what is predicted "
-                    "of them with --predictions."
-                )
             with torch.no_grad():
                 yield batch, task.predict(model, batch.to(device)).cpu()
     finally:

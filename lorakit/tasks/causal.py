@@ -85,7 +85,7 @@ class CausalTask(LanguageTask):
         if not targets:
             raise DataError(
                 f"task.max_length: {self.max_length}: all {told} have a prompt of as many tokens "
-                "or more; nothing of a completion is left to learn."
+                f"or more, as {rows.places[0]}; nothing of a completion is left to learn."
             )
         if left_out := len(rows.said) - len(targets):
             notes += (

@@ -15,6 +15,7 @@ from lorakit.data.formats import Turn, alpaca_prompt, fields
 from lorakit.errors import DataError, LorakitError
 
 if TYPE_CHECKING:
+    from lorakit.data import DataSection
     from lorakit.tasks import TaskSection
 
 
@@ -42,6 +43,15 @@ def prompt_of(text: str, section: TaskSection, tokenizer: Any) -> str:
             return rendered([Turn("user", text)], tokenizer, asks=True)
         case "text" | "prompt":
             return text
+
+
+def column_of(section: TaskSection, data: DataSection) -> str | None:
+    """The column that the rows had what `prompt_of` takes in; null: it is none's whole content."""
+    if section.template is not None:
+        asked = fields(section.template)
+        return asked[0] if len(asked) == 1 else None
+    one = isinstance(data.text, str) and section.format in ("text", "prompt")
+    return str(data.text) if one else None
 
 
 def complete(

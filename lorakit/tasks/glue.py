@@ -9,16 +9,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from lorakit.data import Splits
+from lorakit.data import Splits, tables
 from lorakit.data.labels import by_number
 from lorakit.data.rows import Rows, empty
 from lorakit.data.sources import read_unquoted_tsv
+from lorakit.disk import digest
 from lorakit.errors import DataError
 from lorakit.tasks.classification import Classification, accuracy, f1, matthews
 from lorakit.tasks.regression import Regression
 from lorakit.tasks.texts import Objective
 
 HUB, PREFIX = "nyu-mll/glue", "glue/"
+Origins = Mapping[str, str | None]
 ENTAILMENT = ("entailment", "not_entailment")
 
 
@@ -165,7 +167,7 @@ def read(name: str, data_dir: str | None) -> Splits[Rows]:
     task, splits = TASKS[name], dict[str, Rows]()
     notes: list[str] = []
     try:
-        files = _from_hub(name) if data_dir is None else _from_folder(task, Path(data_dir))
+        files, origins = _from_hub(name) if data_dir is None else _on_disk(task, Path(data_dir))
         for file, rows in files.items():
             split = SPLITS[file][-1]
             if rows.labelled or not rows.texts:
@@ -176,13 +178,20 @@ def read(name: str, data_dir: str | None) -> Splits[Rows]:
     for file, rows in files.items():
         for split in SPLITS[file]:
             splits.setdefault(split, rows)
-    return Splits(splits, task.objective.labels, tuple(notes))
+    return Splits(splits, task.objective.labels, tuple(notes), origins)
 
 
 def _size_note(split: str, rows: int, official: tuple[int, ...]) -> list[str]:
     if rows in official:
         return []
     return [f"{split} has {rows:,} rows, GLUE's has {' or '.join(f'{n:,}' for n in official)}"]
+
+
+def _on_disk(task: Glue, above: Path) -> tuple[dict[str, Rows], Origins]:
+    """Rows by file, and what tells each file from others of its name."""
+    found = _from_folder(task, above)
+    paths = {Path(rows.origin) for rows in found.values()}
+    return found, {path.name: f"sha256:{digest(path)}" for path in sorted(paths)}
 
 
 def _from_folder(task: Glue, above: Path) -> dict[str, Rows]:
@@ -256,28 +265,27 @@ def _from_file(task: Glue, path: Path) -> Rows:
     return rows._replace(notes=(f"{note}, the first of them line {torn[0]}",))
 
 
-def _from_hub(name: str) -> dict[str, Rows]:
-    """Rows by the file they are in where the task is a folder."""
-    from datasets import load_dataset
-
-    task, config, found = TASKS[name], name.removeprefix(PREFIX), {}
+def _from_hub(name: str) -> tuple[dict[str, Rows], Origins]:
+    """Rows by the file they are in where the task is a folder, and the commit they are of."""
+    task, found = TASKS[name], {}
+    where = f"{tables.HUB}{HUB}/{name.removeprefix(PREFIX)}"
+    try:
+        splits = tables.hub(where, None)
+    except DataError as error:
+        raise DataError(
+            f"null means the hub: {error}\n"
+            "  Offline, give a folder in GLUE's official layout: task.data_dir=DIR."
+        ) from error
     for file in (*(task.rows if task.trains else ()), *task.test):
         split = SPLITS[file][0]
-        try:
-            table = load_dataset(HUB, config, split=split)[:]
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(
-                f"null means the hub's {HUB} ({config}), which cannot be loaded: {reason}\n"
-                "  Offline, give a folder in GLUE's official layout: task.data_dir=DIR."
-            ) from error
-        rows = empty(f"{HUB} {config} {split}")
+        table = splits[split][:]
+        rows = empty(f"{where} {split}")
         columns = (table[column] for column in (*task.hub, "label"))
         for i, (*texts, label) in enumerate(zip(*columns, strict=True)):
             told = None if file in task.test else str(label)
             _append(rows, task, texts, told, f"{split} row {i}")
         found[file] = rows
-    return found
+    return found, {where.removeprefix(tables.HUB): tables.commit(splits)}
 
 
 def _append(rows: Rows, task: Glue, texts: Iterable[str], label: str | None, place: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Self, TypeVar
 
@@ -42,6 +42,11 @@ class RowTask(ABC, Generic[R]):
         """What was done to the rows, and to those of them that were encoded by now."""
         said = [note for encoded in self._encoded.values() for note in encoded.notes]
         return (*self.splits.notes, *said)
+
+    @property
+    def origins(self) -> Mapping[str, str | None]:
+        """What tells the rows from others of the same name."""
+        return self.splits.origins
 
     def rows(self, split: str) -> int:
         """How many rows a split has; once there is a tokenizer, how many it left."""
