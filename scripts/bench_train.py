@@ -176,9 +176,13 @@ def ratios(rounds: Sequence[dict[str, Measured]]) -> Table:
 def spread(values: Sequence[float]) -> str:
     """The median and, of three or more, the quartiles."""
     if len(values) < 3:
-        return " ".join(f"{value:.4g}" for value in values)
+        return " ".join(map(_short, values))
     low, _, high = quantiles(values, method="inclusive")
-    return f"{median(values):.3g} ({low:.3g}-{high:.3g})"
+    return f"{_short(median(values))} ({_short(low)}-{_short(high)})"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def arguments() -> argparse.Namespace:
@@ -204,7 +208,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Reads the arguments, runs all by turns, prints."""
-    given, rounds, console = arguments(), [], Console(width=130)
+    given, rounds, console = arguments(), [], Console(width=140)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         dev_rows = subset(given.data_dir, data, given.rows)
