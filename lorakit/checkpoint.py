@@ -177,15 +177,20 @@ def copy_into(wanted: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder:
     """
     faults = [f"{key}: not in the checkpoint" for key in sorted(wanted.keys() - saved.keys())]
     faults += [f"{key}: not in the model" for key in sorted(saved.keys() - wanted.keys())]
-    faults += [
-        f"{key}: {tuple(saved[key].shape)} on disk, {tuple(wanted[key].shape)} in the model"
-        for key in sorted(saved.keys() & wanted.keys())
-        if saved[key].shape != wanted[key].shape
-    ]
+    faults += resized(saved, wanted)
     if faults:
         raise FolderError(several(f"{folder} does not fit this model", faults))
     for key, value in wanted.items():
         value.copy_(saved[key])
+
+
+def resized(saved: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """A line for each tensor that has one shape in `saved` and another in `wanted`."""
+    return [
+        f"{key}: {tuple(saved[key].shape)} on disk, {tuple(wanted[key].shape)} in the model"
+        for key in sorted(saved.keys() & wanted.keys())
+        if saved[key].shape != wanted[key].shape
+    ]
 
 
 def _compact_like(layer: Adapter, saved: Mapping[str, Tensor | None]) -> None:

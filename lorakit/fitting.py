@@ -69,11 +69,9 @@ def _refuse_misfits(
                 f"{name}: the pair is {given[0]} x {given[1]}, the base {found[0]} x {found[1]}"
             )
     for name in [name for name in whole if name in modules]:
-        own, saved = modules[name].state_dict(), whole[name]
         faults += [
-            f"{name}.{key}: {tuple(saved[key].shape)} on disk, {tuple(own[key].shape)} in the model"
-            for key in sorted(own.keys() & saved.keys())
-            if own[key].shape != saved[key].shape
+            f"{name}.{fault}"
+            for fault in checkpoint.resized(whole[name], modules[name].state_dict())
         ]
     if faults:
         raise FolderError(several(f"{origin} does not fit the base model", faults))
