@@ -122,7 +122,7 @@ MUTANTS = [
         "the head is adapted",
         INJECT,
     ),
-    Mutant("variants/sora.py", "layer.g.mul_(live)", "pass", "the dead come back", COMPACT),
+    Mutant("variants/sora.py", "gates * self.live", "gates", "the dead come back", COMPACT),
     Mutant("variants/sora.py", "layer.g.grad.mul_(live)", "pass", "the dead are clipped", COMPACT),
     Mutant("variants/sora.py", "svd.S / unit", "svd.S / svd.S.mean()", "a unit a layer", AXES),
     Mutant("variants/sora.py", "ctx.forget(rewritten)", "pass", "old moments stay", AXES),
@@ -150,7 +150,9 @@ MUTANTS = [
     Mutant("train.py", "if i == len(batches) else None", "", "a penalty for every batch", TRAIN),
     Mutant("train.py", "place.stage.rate * ", "", "frozen stages train", TRAIN),
     Mutant("recipe.py", "_choose_task(document, overrides)", "pass", "per_task unread", PER_TASK),
-    Mutant("models.py", "torch.manual_seed(seed)", "pass", "the head's start drifts", MODELS),
+    Mutant(
+        "models/__init__.py", "torch.manual_seed(seed)", "pass", "the head's start drifts", MODELS
+    ),
     Mutant("optim.py", "own = special.get(id(p), {})", "own = {}", "optim() ignored", SORA),
     Mutant("optim.py", "(step - 1 - warm)", "(step - warm)", "the last step has rate 0", TRAIN),
     Mutant("train.py", "controller.after_step(", "(lambda ctx: None)(", "variant not asked", TRAIN),
@@ -256,7 +258,7 @@ MUTANTS = [
     Mutant("data/labels.py", "if known else label", "if False else label", "numbers", COLUMNS),
     Mutant("data/rows.py", "self._numbers[indices]", "indices", "rows of rows", CACHE),
     Mutant("data/rows.py", "IN_MEMORY, dir", "2**40, dir", "all rows in memory", CACHE),
-    Mutant("data/cache.py", "== digest for", "is not None for", "a broken cache is used", CACHE),
+    Mutant("data/cache.py", "== told for", "is not None for", "a broken cache is used", CACHE),
     Mutant("data/cache.py", "fcntl.lockf", "(lambda *_: 0)", "two do the same work", CACHE),
     Mutant("data/encoding.py", "key_of([*settings, own]", "key_of([own]", "one length", CACHE),
     Mutant("data/encoding.py", "backend.no_truncation()", "pass", "its last call", CACHE),

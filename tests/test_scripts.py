@@ -28,6 +28,20 @@ def test_the_recipe_reference_is_what_its_script_writes() -> None:
     assert (ROOT / "docs" / "recipe.md").read_text() == page
 
 
+def test_every_fault_that_is_planted_on_purpose_has_its_line_and_its_tests() -> None:
+    """Else the code has moved on, and a fault is no longer planted."""
+    faults = runpy.run_path(str(ROOT / "scripts" / "mutants.py"))["MUTANTS"]
+    gone = [
+        f"{fault.file}: {fault.why}"
+        for fault in faults
+        if not (ROOT / "lorakit" / fault.file).is_file()
+        or fault.line not in (ROOT / "lorakit" / fault.file).read_text(encoding="utf-8")
+        or not (ROOT / fault.tests).is_file()
+    ]
+    assert len(faults) > 90
+    assert not gone
+
+
 def test_results_are_means_and_spreads_over_seeds_a_line_for_each_method() -> None:
     def row(method: str, seed: int, accuracy: float, ranks: int) -> dict[str, object]:
         scores = {"accuracy": accuracy, "loss": 0.5}
