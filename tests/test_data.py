@@ -385,11 +385,12 @@ def encoded() -> Encoded:
     return encode(rows, torch.tensor([0, 1, 0]), Spaces(), max_length=6)
 
 
-def test_a_batch_is_padded_to_its_longest_row_and_masked() -> None:
+def test_a_batch_is_padded_to_a_multiple_no_longer_than_the_splits_longest_row() -> None:
+    assert encoded().batch([1]).inputs["input_ids"].tolist() == [[101, 1, 102, 0]]
     batch = encoded().batch([1, 0])
     expected = {
-        "input_ids": [[101, 1, 102, 0, 0], [101, 1, 2, 3, 102]],
-        "attention_mask": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
+        "input_ids": [[101, 1, 102, 0, 0, 0], [101, 1, 2, 3, 102, 0]],
+        "attention_mask": [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]],
     }
     assert {key: value.tolist() for key, value in batch.inputs.items()} == expected
     assert batch.labels.tolist() == [1, 0]

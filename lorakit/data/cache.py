@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, overload
+from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,7 @@ class Ragged(Sequence[Numbers]):
 
     def __init__(self, path: Path, ends: Numbers) -> None:
         self._file, self._ends = os.open(path, os.O_RDONLY), ends
+        finalize(self, os.close, self._file)
 
     @property
     def lengths(self) -> Numbers:
@@ -73,10 +75,6 @@ class Ragged(Sequence[Numbers]):
         start, end = self._ends[index], self._ends[index + 1]
         size = NUMBER.itemsize
         return np.frombuffer(os.pread(self._file, int(end - start) * size, start * size), NUMBER)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
 
 
 def entry(key: str | None, make: Callable[[], Iterator[Chunk]]) -> Entry:

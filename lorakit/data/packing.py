@@ -10,23 +10,25 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit.data.batching import Batch, Encoded
+from lorakit.data.batching import Batch, Encoded, padded
 
 
-class Packed(NamedTuple):
+@dataclass(frozen=True)
+class Packed:
     """Rows of examples, joined when a batch asks for them."""
 
     encoded: Encoded
     examples: list[list[int]]
     """The numbers of those in each row."""
 
-    @property
+    @cached_property
     def lengths(self) -> Tensor:
         """Tokens of each row, (rows,)."""
         each = self.encoded.lengths
@@ -35,18 +37,18 @@ class Packed(NamedTuple):
     def batch(self, rows: Sequence[int]) -> Batch:
         """`rows`, padded; the batch's own numbers are those of its examples."""
         chosen, given = [self.examples[row] for row in rows], self.encoded.columns
+        each, longest = self.encoded.lengths, int(self.lengths.max())
         joined = {
             name: [np.concatenate([given[name][i] for i in row]) for row in chosen]
             for name in ("input_ids", "labels")
         }
-        each = self.encoded.lengths.tolist()
         joined["position_ids"] = [
-            np.concatenate([np.arange(each[i]) for i in row]) for row in chosen
+            np.concatenate([np.arange(int(each[i])) for i in row]) for row in chosen
         ]
+        fill = {**self.encoded.padding, "position_ids": 0}
+        inputs = {name: padded(column, fill[name], longest) for name, column in joined.items()}
         targets = torch.stack([self.encoded.labels[row].sum() for row in chosen])
-        padding = {**self.encoded.padding, "position_ids": 0}
-        batch = Encoded(joined, targets, padding).batch(range(len(rows)))
-        return batch._replace(rows=[i for row in chosen for i in row])
+        return Batch(inputs, targets, [i for row in chosen for i in row])
 
 
 def packed(encoded: Encoded, size: int) -> Packed:
