@@ -75,10 +75,12 @@ class Closing:
         self.target.refuse_haste(begin, key, len(cost) - 1)
 
     def hear(self) -> None:
-        """Takes note of the gradients there are, and takes them out of the optimizer's sight."""
-        self.worth -= stacked(
-            [torch.zeros_like(p) if p.grad is None else p.grad for p in self.logits]
-        )
+        """Takes note of the gradients there are, and takes them out of the optimizer's sight.
+
+        Those that are no finite number are nothing to go by: the step is left out, the run goes on.
+        """
+        asked = stacked([torch.zeros_like(p) if p.grad is None else p.grad for p in self.logits])
+        self.worth -= asked.where(asked.isfinite(), 0.0)
         for p in self.logits:
             p.grad = None
 

@@ -153,7 +153,8 @@ def load_state(folder: Path, trainee: Trainee) -> None:
         trainee.controller.load_state_dict(parts["controller"])
         torch.set_rng_state(parts["random"].pop("cpu"))
         for name, state in parts["random"].items():
-            torch.cuda.set_rng_state(state, int(name))
+            if int(name) < torch.cuda.device_count():  # another machine may have had more
+                torch.cuda.set_rng_state(state, int(name))
     except (LookupError, ValueError, TypeError, RuntimeError) as error:
         raise FolderError(f"{path} does not fit this run: {error!r}.") from error
     vars(trainee.progress).update(asdict(progress))

@@ -52,6 +52,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
         raise FolderError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:

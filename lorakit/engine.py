@@ -23,8 +23,13 @@ class Engine:
         self.index: int = self._accelerator.process_index
         self.is_main: bool = self._accelerator.is_main_process
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on its device, wrapped for as many processes as there are."""
+    def prepare(self, model: nn.Module, compiled: bool = False) -> nn.Module:
+        """The model on its device, wrapped for as many processes as there are.
+
+        `compiled` is by torch, in place: names of parameters stay.
+        """
+        if compiled:
+            model.compile(dynamic=True)
         prepared: nn.Module = self._accelerator.prepare(model)
         return prepared
 
@@ -40,14 +45,19 @@ class Engine:
         """Within it, gradients stay in their process while `more` batches of the step follow."""
         return self._accelerator.no_sync(model) if more else nullcontext()
 
-    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
-        """Scales gradients down to a joint norm of `max_norm`; returns the norm before.
-
-        Reading it waits for the device.
-        """
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+        """Scales gradients down to a joint norm of `max_norm`; returns the norm before, ()."""
         limit = float("inf") if max_norm is None else max_norm
-        norm = self._accelerator.clip_grad_norm_(list(parameters), limit)
-        return float(norm)
+        norm: Tensor = self._accelerator.clip_grad_norm_(list(parameters), limit)
+        return norm
+
+    def read(self, part: Tensor, same: Tensor) -> tuple[float, float]:
+        """The sum of `part` over processes, and what is the `same` in all.
+
+        This waits for the device, once a step: whether to take the step hangs on both.
+        """
+        loss, norm = torch.stack([part.double(), same.double()]).tolist()
+        return self.total(loss), norm
 
     def wait(self) -> None:
         """Until every process is here."""

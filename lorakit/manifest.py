@@ -39,22 +39,27 @@ def _faults(folder: Path) -> list[str]:
         given, files = manifest["format"], manifest["files"]
         if given != FORMAT:
             return [f"{NAME}: format {given!r}; this lorakit reads {FORMAT}"]
-        return [fault for name, facts in files.items() if (fault := _fault(folder / name, facts))]
+        return [fault for name, facts in files.items() if (fault := _fault(folder, name, facts))]
     except FileNotFoundError:
         return [f"{NAME}: missing"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return [f"{NAME}: cannot be read: {error}"]
 
 
-def _fault(path: Path, facts: dict[str, object]) -> str | None:
+def _fault(folder: Path, name: str, facts: dict[str, object]) -> str | None:
+    path = folder / name
+    if path.name != name:
+        return f"{NAME}: {name!r} is no file of this folder"
+    if not path.is_file():  # a device, or a pipe, would be read without end
+        return f"{name}: {'no file' if path.exists() else 'missing'}"
     try:
         found = _facts(path)
-    except FileNotFoundError:
-        return f"{path.name}: missing"
+    except OSError as error:
+        return f"{name}: cannot be read: {error.strerror}"
     if found["bytes"] != facts["bytes"]:
-        return f"{path.name}: {found['bytes']:,} bytes, {facts['bytes']:,} were written"
+        return f"{name}: {found['bytes']:,} bytes, {facts['bytes']:,} were written"
     if found != facts:
-        return f"{path.name}: other content than was written"
+        return f"{name}: other content than was written"
     return None
 
 

@@ -110,7 +110,8 @@ def _finish(
 ) -> None:
     """Takes the steps that are left, if there are any."""
     section, timetable = prepared.recipe.train, prepared.timetable
-    if finished(trainee.progress, section, timetable):
+    if finished(trainee.progress, section, timetable):  # a kill may have left the last save half done
+        Journal(folder, prepared, screen, engine.is_main, ()).save(trainee)
         return
     if engine.is_main:
         start = sum(planned.rank for planned in prepared.plans.values())
@@ -206,10 +207,12 @@ def _controller(prepared: Prepared, processes: int = 1) -> Controller[Any, Any]:
     config = prepared.recipe.adapter
     make = variants.get(config.variant).controller
     controller = make(prepared.layers, config, prepared.timetable.steps)
-    if controller.compacts() and processes > 1:  # data-parallel training holds on to parameters
-        raise RecipeError(
-            f"adapter: layers can be compacted in one process only; these are {processes}. Turn "
-            "compaction off: dead ranks then stay where they are, and nothing else changes."
+    if controller.compacts() and (processes > 1 or prepared.recipe.train.compile):
+        one = f"in one process only; these are {processes}"
+        why = one if processes > 1 else "only where train.compile is off"
+        raise RecipeError(  # both hold on to parameters
+            f"adapter: layers can be compacted {why}. Turn compaction off: dead ranks then stay "
+            "where they are, and nothing else changes."
         )
     return controller
 

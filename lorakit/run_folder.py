@@ -13,6 +13,7 @@ grows.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from torch import nn
@@ -122,11 +123,13 @@ def newest_run(folder: Path) -> Path:
 
 def put_aside(run: Path, behind: Path) -> None:
     """Gives the checkpoints behind one a name that begins with `broken-`: the run will come to
-    their steps again.
+    their steps again. What was put aside before stays.
     """
     for folder in _steps(run):
         if _step_of(folder) > _step_of(behind):
-            folder.rename(folder.with_name(f"broken-{folder.name}"))
+            aside = folder.with_name(f"broken-{folder.name}")
+            further = (aside.with_name(f"{aside.name}-{n}") for n in count(2))
+            folder.rename(next(name for name in chain([aside], further) if not name.exists()))
 
 
 def _is_whole(folder: Path) -> bool:

@@ -35,6 +35,9 @@ class TrainSection(OptimSection):
     activation_checkpointing: bool = False
     """Keep only what enters each block for the backward pass, and compute the rest of it again:
     less memory for about a third more time, the same gradients."""
+    compile: bool = False
+    """Have torch compile the model in the first steps. For GPUs; on two CPU cores it took two
+    minutes, and steps were slower by a fifth."""
     clip: PositiveFloat | None = 1.0
     """Joint gradient norm to clip to; null: none."""
     log_every: PositiveInt = 10

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite, isnan
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorakit import optim
 from lorakit.adapter import Adapter, Controller, Kept, Stage, Step
-from lorakit.data.batching import Batch
+from lorakit.data.batching import Batch, ahead
 from lorakit.engine import Engine
 from lorakit.errors import NotFiniteError
 from lorakit.tasks import COSTS, Task, evaluate
@@ -127,12 +127,11 @@ def train(
 
     """
     progress, controller, optimizer = trainee.progress, trainee.controller, trainee.optimizer
-    model, stages = engine.prepare(trainee.model).train(), controller.stages()
+    model = engine.prepare(trainee.model, section.compile).train()
+    stages = controller.stages()
     weights, rate = optim.parameters(optimizer), optim.rates(optimizer)
     moment, forget = optim.second_moments(optimizer), optim.forgetting(optimizer)
-    stream = task.steps(
-        section.batch_size, section.accumulate * engine.processes, seed, start=progress.step
-    )
+    stream = ahead(portions(task, section, seed, progress.step, engine))
     speed, sample = Speed(), task.sample("train", SAMPLE)  # costs nothing until it is scored
 
     def score(task: Task, split: str) -> dict[str, float]:
@@ -148,12 +147,10 @@ def train(
         ctx = Step(step, timetable.steps, rate, place.number, moment, forget)
 
         # the gradient: every batch adds its part of the mean over all items of the step
-        batches = next(stream)
-        items = sum(map(task.items, batches))
-        mine = [batch.to(engine.device) for batch in batches[engine.index :: engine.processes]]
-        loss = engine.total(backward(model, task, mine, items, controller, engine))
+        portion = next(stream)
+        part = backward(model, task, portion.mine, portion.items, controller, engine)
         controller.before_step(ctx)
-        norm = engine.clip(weights, section.clip)
+        loss, norm = engine.read(part, engine.clip(weights, section.clip))
 
         # the step: the optimizer moves the weights, the variant has the last word
         if isfinite(loss) and isfinite(norm):
@@ -161,14 +158,14 @@ def train(
             if kept := controller.after_step(ctx):
                 compact(trainee, kept)
                 weights, rate = optim.parameters(optimizer), optim.rates(optimizer)
-            progress.took(loss, items)
+            progress.took(loss, portion.items)
         else:
             progress.skip()
-            refuse_to_go_on(progress, section, loss, norm, rows_of(mine))
+            refuse_to_go_on(progress, section, loss, norm, rows_of(portion.mine))
         optimizer.zero_grad(set_to_none=True)
         if not controller.settled():
             progress.forget_best()
-        speed.add(sum(len(batch.rows) for batch in batches), perf_counter() - started)
+        speed.add(portion.rows, perf_counter() - started)
 
         # now and then, at the end of a stage, and at the end
         stage_over, better = place.last and len(stages) > 1, False
@@ -187,6 +184,28 @@ def train(
         observer.tick(step)
 
 
+class Portion(NamedTuple):
+    """What a step is made of."""
+
+    items: int
+    """That its loss is the mean over, in all processes."""
+    rows: int
+    """In all processes."""
+    mine: list[Batch]
+    """Those of this process, on its device."""
+
+
+def portions(
+    task: Task, section: TrainSection, seed: int, start: int, engine: Engine
+) -> Iterator[Portion]:
+    """Those of all steps behind `start`, without end."""
+    pieces = section.accumulate * engine.processes
+    for batches in task.steps(section.batch_size, pieces, seed, start):
+        mine = [batch.to(engine.device) for batch in batches[engine.index :: engine.processes]]
+        rows = sum(len(batch.rows) for batch in batches)
+        yield Portion(sum(map(task.items, batches)), rows, mine)
+
+
 def backward(
     model: nn.Module,
     task: Task,
@@ -194,12 +213,11 @@ def backward(
     items: int,
     controller: Controller[Any, Any],
     engine: Engine,
-) -> float:
-    """Adds to the gradients what `batches` give to the mean loss over `items`; returns that part.
+) -> Tensor:
+    """Adds to the gradients what `batches` give to the mean loss over `items`; returns it, ().
 
     One graph is alive at a time. The variant's penalty joins the last of them, a share in every
-    process; the loss returned is without it. It is read once, at the end: that waits for the
-    device.
+    process; the loss returned is without it. Nothing is read: the device goes on by itself.
     """
     loss = torch.zeros((), device=engine.device)
     for i, batch in enumerate(batches, start=1):
@@ -208,7 +226,7 @@ def backward(
             loss += part.detach()
             penalty = controller.penalty() if i == len(batches) else None
             engine.backward(part if penalty is None else part + penalty / engine.processes)
-    return float(loss)
+    return loss
 
 
 def compact(trainee: Trainee, kept: Kept) -> None:

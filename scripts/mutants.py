@@ -58,8 +58,8 @@ MUTANTS = [
     Mutant("tasks/generation.py", "not text.startswith(", "text.startswith(", "bos", LANGUAGE),
     Mutant(
         "data/packing.py",
-        "np.arange(each[i])",
-        "np.arange(i, each[i] + i)",
+        "np.arange(int(each[i]))",
+        "np.arange(i, int(each[i]) + i)",
         "positions go on",
         LANGUAGE,
     ),
@@ -158,22 +158,26 @@ MUTANTS = [
     Mutant("train.py", "controller.after_step(", "(lambda ctx: None)(", "variant not asked", TRAIN),
     Mutant(
         "train.py",
-        "items = sum(map(task.items, batches))",
-        "items = task.items(batches[0]) * len(batches)",
+        "Portion(sum(map(task.items, batches)),",
+        "Portion(task.items(batches[0]) * len(batches),",
         "mean of means",
         TRAIN,
     ),
     Mutant(
         "train.py",
-        "norm = engine.clip(weights, section.clip)",
-        "norm = engine.clip(weights, None)",
+        "engine.clip(weights, section.clip))",
+        "engine.clip(weights, None))",
         "no clipping",
         TRAIN,
     ),
     Mutant("train.py", "if controller.settled():", "if True:", "best while ranks move", TRAIN),
     Mutant("train.py", "if isfinite(loss) and isfinite(norm):", "if True:", "nan goes on", TRAIN),
     Mutant(
-        "train.py", "seed, start=progress.step", "seed, start=0", "resume repeats the rows", RESUME
+        "train.py",
+        "seed, progress.step, engine",
+        "seed, 0, engine",
+        "resume repeats the rows",
+        RESUME,
     ),
     Mutant(
         "checkpoint.py",

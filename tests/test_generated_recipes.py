@@ -79,7 +79,7 @@ def test_every_key_is_drawn() -> None:
             if isinstance(value, dict):
                 look(value, f"{prefix}{key}.")
 
-    MADE["by_the"](250, 0, RECIPES, look, Counter())
+    MADE["by_the"](500, 0, RECIPES, look, Counter())
     assert set(keys()) <= drawn
 
 

@@ -19,7 +19,7 @@ from lorakit.models.refusals import cannot_load
 from lorakit.places import PACKAGE, locate
 from lorakit.schema import Section
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
 
 
 class ModelSection(Section):
@@ -31,8 +31,9 @@ class ModelSection(Section):
     revision: str | None = None
     """A branch, tag or commit of the hub's repository."""
     precision: Precision = "auto"
-    """What the base computes in and stores its weights in: fp32, bf16, or auto: bf16 where the
-    device computes it natively. Adapters and the head are float32 always."""
+    """What the base computes in and stores its weights in: fp32; tf32, which is fp32 with products
+    rounded by the GPU; bf16; or auto: bf16 where the device computes it natively. Adapters and the
+    head are float32 always."""
     quantize: Codes | None = None
     """Store the base's linears in codes: nf4 or fp4, 4.5 bits a weight, or int8; null: not. Codes
     are taken of the weights as their files have them, and computed with in `precision`, in which
@@ -83,6 +84,7 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
     import transformers
 
     _quiet()
+    kernels.round_products(section.precision == "tf32")
     where = resolve(section.name)
     if where.endswith(gguf.ENDING):
         where = str(gguf.unpacked(section.name, Path(where).expanduser()))
@@ -145,7 +147,7 @@ def dtype(precision: Precision) -> torch.dtype:
     """What `precision` means on this machine's device."""
     if precision == "auto":
         return kernels.automatic()[0]
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def stored_in(section: ModelSection) -> torch.dtype:

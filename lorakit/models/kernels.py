@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.errors import ModelError
 from lorakit.models.heads import CLASSIFIER, WRITERS, Head
 
 ATTENTION = "lorakit"
@@ -43,6 +44,22 @@ def automatic() -> tuple[torch.dtype, str]:
     if native:
         return torch.bfloat16, f"precision auto: bf16, which this {what} computes natively"
     return torch.float32, f"precision auto: fp32; this {what} does not compute bf16 natively"
+
+
+def round_products(wanted: bool) -> None:
+    """Whether products of float32 matrices may be in TF32: 10 bits of fraction for 23.
+
+    Raises:
+        ModelError: they are to be, and no GPU here does.
+
+    """
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if wanted and not able:
+        raise ModelError(
+            "model.precision: tf32: it is GPUs of compute capability 8.0 or more that have it, and "
+            "there is none here; take auto, or fp32."
+        )
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
 
 
 def implementation(head: Head) -> str | None:

@@ -255,9 +255,11 @@ class RankAllocator(Controller[AdaLoRALinear, AdaLoRAConfig]):
         matrices = [X for layer in self.layers.values() for X in (layer.A, layer.B.T)]
         return self.config.orthogonality * orthogonality(matrices)
 
+    def before_step(self, ctx: Step) -> None:
+        self.step = ctx.step  # of those left out as well: it is no state, then
+
     @torch.no_grad()
     def after_step(self, ctx: Step) -> Kept:
-        self.step = ctx.step
         if ctx.step < self.schedule.last:
             self._sense()
         if self.schedule.due(ctx.step):

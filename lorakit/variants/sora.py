@@ -142,6 +142,7 @@ class ProximalGates(Controller[SoRALinear, SoRAConfig]):
 
     def before_step(self, ctx: Step) -> None:
         """Takes the gradients of gates that stay dead out of the norm that is clipped."""
+        self.pushed = torch.zeros(())  # until the step is taken
         if not self.sparsity.revive:
             for layer, live in self._by_layer(self.live):
                 if layer.g.grad is not None:
