@@ -6,6 +6,7 @@ All of it goes to standard error.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
@@ -17,41 +18,50 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 from lorakit.display import scores
+from lorakit.pace import LOG, Pace
 
 COMMON = {"step", "loss", "norm", "lr", "samples_per_s", "ranks"}
 """What every logged row has; what else is there, the variant tells."""
 
 
-LOG = logging.getLogger("lorakit")
-"""Where long work far from a screen tells how far it has come."""
+EVERY = 10.0
+"""Seconds between two lines that tell how far long work has come."""
 
 
 class _Heard(logging.Handler):
-    """Passes the lines of a log on."""
+    """Passes on how far work has come."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, show: Callable[[Pace], None]) -> None:
         super().__init__(logging.INFO)
-        self.say = say
+        self.show = show
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.say(record.getMessage())
+        if pace := getattr(record, "pace", None):
+            self.show(pace)
 
 
 class Watch:
-    """Shows a run: a bar on a terminal, a line now and then elsewhere."""
+    """Shows long work: bars on a terminal, a line now and then elsewhere.
+
+    Used as a context, it hears of what work tells `lorakit.pace` as well.
+    """
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
-        self.console, self.quiet = console, quiet
-        self.bar: Progress | None = None
+        self.console = console
+        self.quiet = quiet or os.environ.get("RANK", "0") != "0"  # of many processes one speaks
+        self.bars: Progress | None = None
+        self.training: TaskID | None = None
+        self.others: dict[str, TaskID] = {}
         self.steps, self.first, self.start_ranks = 0, 0, 0
-        self.started = perf_counter()
-        self.heard = _Heard(self.note)
+        self.started = self.said = perf_counter()
+        self.heard = _Heard(self.pace)
 
     def __enter__(self) -> Watch:
         LOG.addHandler(self.heard)
@@ -60,8 +70,7 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         LOG.removeHandler(self.heard)
-        if self.bar is not None:
-            self.bar.stop()
+        self._close()
 
     def note(self, text: str) -> None:
         """A line of its own."""
@@ -76,9 +85,40 @@ class Watch:
         """Starts the bar, `done` steps in."""
         self.steps, self.first, self.start_ranks = timetable.steps, done, start_ranks
         self.started = perf_counter()
-        if self.console.is_terminal and not self.quiet:
-            self.bar = Progress(
-                TextColumn("training"),
+        if self._draws():
+            self.training = self._open().add_task(
+                "training", total=self.steps, completed=done, numbers=""
+            )
+
+    def tick(self, step: int) -> None:
+        """Moves the bar of training."""
+        if self.bars is not None and self.training is not None:
+            self.bars.update(self.training, completed=step)
+
+    def pace(self, pace: Pace) -> None:
+        """Moves a bar that is there until the work is done; a line now and then elsewhere."""
+        over = pace.done >= pace.total
+        if self._draws():
+            bars = self._open()
+            if pace.what not in self.others:
+                self.others[pace.what] = bars.add_task(pace.what, total=pace.total, numbers="")
+            bars.update(self.others[pace.what], completed=pace.done)
+            if over:
+                bars.remove_task(self.others.pop(pace.what))
+            if not bars.tasks:
+                self._close()
+        elif not (over or self.quiet) and perf_counter() - self.said >= EVERY:
+            self.said = perf_counter()
+            self.note(str(pace))
+
+    def _draws(self) -> bool:
+        return self.console.is_terminal and not self.quiet
+
+    def _open(self) -> Progress:
+        """The bars, which are drawn from now on."""
+        if self.bars is None:
+            self.bars = Progress(
+                TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
@@ -86,13 +126,14 @@ class Watch:
                 TextColumn("left"),
                 console=self.console,
             )
-            self.bar.start()
-            self.bar.add_task("training", total=self.steps, completed=done, numbers="")
+            self.bars.start()
+        return self.bars
 
-    def tick(self, step: int) -> None:
-        """Moves the bar."""
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=step)
+    def _close(self) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+        self.bars, self.training = None, None
+        self.others.clear()
 
     def log(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl: losses move into the bar, scores get a line."""
@@ -102,8 +143,8 @@ class Watch:
             named = {k: v for k, v in row.items() if isinstance(v, float)}
             line = f"step {row['step']:>5}  {scores(named)}"
             self.console.print(line, highlight=False, soft_wrap=True)
-        elif self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], numbers=self._numbers(row))
+        elif self.bars is not None and self.training is not None:
+            self.bars.update(self.training, numbers=self._numbers(row))
         else:
             left = _duration(self._seconds_left(row["step"]))
             line = f"step {row['step']:>5}/{self.steps}  {self._numbers(row)}  {left} left"

@@ -110,7 +110,7 @@ def _finish(
 ) -> None:
     """Takes the steps that are left, if there are any."""
     section, timetable = prepared.recipe.train, prepared.timetable
-    if finished(trainee.progress, section, timetable):  # a kill may have left the last save half done
+    if finished(trainee.progress, section, timetable):  # a kill may have cut the last save short
         Journal(folder, prepared, screen, engine.is_main, ()).save(trainee)
         return
     if engine.is_main:

@@ -240,7 +240,6 @@ def test_a_tokenizer_that_does_not_tell_is_asked_again(tokenizer: Any) -> None:
 def test_long_work_tells_how_far_it_has_come(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(encoding, "EVERY", 0.0)
     monkeypatch.setattr(encoding, "CHUNK", 2)
     with caplog.at_level(logging.INFO, "lorakit"):
         found = encoded(tokenizer, *[f"row {i}" for i in range(5)])

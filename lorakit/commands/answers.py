@@ -39,7 +39,8 @@ def evaluate(
     watch = progress.Watch(Console(stderr=True), quiet=as_json)
     asked = _asked(wanted, predictions)
     found = opened(source, watch, cast(Precision, precision))
-    answered, shown = _answered(found, wanted, precision, predictions, asked)
+    with watch:
+        answered, shown = _answered(found, wanted, precision, predictions, asked)
     for note in dict.fromkeys(note for one in answered for note in one.notes):
         watch.note(note)
     results = [{**asdict(one), "step": found.step} for one in answered]

@@ -42,7 +42,8 @@ def train(path: Path, overrides: list[str], resume: bool, force: bool, as_json: 
 def dry_run(path: Path, overrides: list[str], as_json: bool) -> None:
     """`lorakit train --dry-run`."""
     loaded = recipe.load(_recipe_file(path), overrides)
-    prepared = run.check(loaded)
+    with progress.Watch(Console(stderr=True), quiet=as_json) as watch:
+        prepared = run.check(loaded)
     memory, labels = prepared.memory(), prepared.task.head().labels
     ranks = {name: planned.rank for name, planned in prepared.plans.items()}
     counts = {split: prepared.task.rows(split) for split in ("train", "validation")}
@@ -59,7 +60,6 @@ def dry_run(path: Path, overrides: list[str], as_json: bool) -> None:
         }
         print_json({**facts, "recipe": loaded.model_dump(mode="json")})
         return
-    watch = progress.Watch(Console(stderr=True))
     for note in prepared.notes:
         watch.note(note)
     rows = [

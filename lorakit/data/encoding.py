@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from importlib.metadata import version
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any
 
 from torch import Tensor
@@ -16,14 +15,12 @@ from lorakit.data.batching import Encoded
 from lorakit.data.cache import FORMAT, Chunk, Entry, entry
 from lorakit.data.rows import Rows, Stored, as_bytes
 from lorakit.disk import cache_root
+from lorakit.pace import paced
 
 CHUNK = 1_000
 """Rows that the tokenizer gets together; it spreads them over its own threads."""
-EVERY = 10.0
-"""Seconds between two lines that tell how far it has come."""
 NAMES = {"train": "training"}
 """What rows of a split are called, where not by its name."""
-_log = logging.getLogger(__name__)
 _SETTINGS = ("pad_token_id", "pad_token_type_id", "truncation_side", "model_input_names")
 """Of a tokenizer, that its file does not hold."""
 
@@ -59,7 +56,12 @@ def tokenized(
     """
     start, own, count = perf_counter(), fingerprint(tokenizer), len(sources[0])
     key = None if own is None else key_of([*settings, own], sources)
-    found = entry(key, lambda: _told(map(chunk, *map(chunks, sources)), count))
+
+    def made() -> Iterator[Chunk]:
+        first, *others = map(chunks, sources)
+        return map(chunk, paced(first, "rows tokenized", count, len), *others)
+
+    found = entry(key, made)
     rows, notes = f"{count:,} {NAMES.get(split, split)} rows", []
     if found.cut:
         notes.append(f"{found.cut:,} of {rows} are longer than {settings[-1]} tokens and are cut")
@@ -124,14 +126,3 @@ def _raw(items: Sequence[Any]) -> Iterable[bytes]:
     if isinstance(items, Stored):
         return items.raw()
     return map(as_bytes, items)
-
-
-def _told(chunks: Iterable[Chunk], rows: int) -> Iterator[Chunk]:
-    """`chunks`, with a line in the log now and then."""
-    said, done = monotonic(), 0
-    for chunk in chunks:
-        yield chunk
-        done += len(next(iter(chunk.columns.values())))
-        if monotonic() - said >= EVERY:
-            _log.info("%s of %s rows tokenized", f"{done:,}", f"{rows:,}")
-            said = monotonic()

@@ -14,6 +14,7 @@ from lorakit.data.batching import Batch
 from lorakit.data.formats import fields
 from lorakit.errors import DataError, no_such
 from lorakit.models.heads import Head
+from lorakit.pace import paced
 from lorakit.schema import Section
 from lorakit.tasks import glue
 from lorakit.tasks.causal import LossOn
@@ -216,7 +217,8 @@ def _answers(
     training = model.training
     model.eval()
     try:
-        for batch in task.batches(split, batch_size):
+        batches, what = task.batches(split, batch_size), f"{split} rows answered"
+        for batch in paced(batches, what, task.rows(split), lambda batch: len(batch.rows)):
             with torch.no_grad():
                 yield batch, task.predict(model, batch.to(device)).cpu()
     finally:
