@@ -2,22 +2,21 @@
 
 import json
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lorakit import checkpoint, optim, run_folder, variants
+from lorakit import checkpoint, optim, resuming, run_folder, variants
 from lorakit import recipe as recipes
 from lorakit.adapter import Controller
-from lorakit.disk import locked, refuse_existing, sweep, whole_folder, write_text
+from lorakit.disk import locked, refuse_existing, whole_folder
 from lorakit.engine import Engine
-from lorakit.environment import changes, environment
-from lorakit.errors import FolderError, NotFiniteError, RecipeError, Stopped, several
+from lorakit.environment import environment
+from lorakit.errors import NotFiniteError, RecipeError, Stopped
 from lorakit.journal import Journal, Screen
-from lorakit.models import fingerprint
 from lorakit.prepare import Prepared, prepare, settled
 from lorakit.sections import Recipe
 from lorakit.train import Progress, Trainee, finished, train
@@ -52,7 +51,7 @@ def run(recipe: Recipe, resume: bool, screen: Screen, force: bool = False) -> Ou
     """
     folder, engine = Path(recipe.output_dir), Engine()
     if resume:
-        check_resumable(settled(recipe)[0], folder)
+        resuming.check(settled(recipe)[0], folder)
     else:
         refuse_existing(folder, "Go on with --resume, or choose another name: output_dir=NAME.")
     engine.wait()  # all have looked before one writes
@@ -82,25 +81,20 @@ def _begun(
     say = screen.note if engine.is_main else _unheard
     for note in prepared.notes:
         say(note)
-    last, broken = run_folder.newest(folder) if resume else (None, ())
+    found = resuming.find(folder, prepared, force) if resume else None
     engine.wait()  # all have looked before one puts in order
-    for fault in broken if engine.is_main else ():
-        screen.warn(f"{fault}\n  It was put aside; an older checkpoint is taken.")
-    if last is not None:
-        _refuse_other(prepared.recipe, last)
-        known, found = checkpoint.meta(last).base, prepared.base.fingerprint
-        warnings = fingerprint.refuse_other(last, known, found, None if force else "Put it back")
-        warnings += _other_rows(last, prepared.task.origins, force)
-        for warning in warnings if engine.is_main else ():
+    if found is not None:
+        for warning in found.warnings if engine.is_main else ():
             screen.warn(warning)
-        checkpoint.load_weights(last, prepared.layers, prepared.whole_modules())
+        if found.last is not None:
+            checkpoint.load_weights(found.last, prepared.layers, prepared.whole_modules())
     trainee = _trainee(prepared, engine)  # after the weights: they may have been compacted
-    if not resume:
+    if found is None:
         _make(folder, prepared, engine)
         return trainee
-    _go_on(folder, last, trainee, engine)
+    resuming.put_back(folder, found.last, trainee, engine)
     say(f"resumed at step {trainee.progress.step:,} of {prepared.timetable.steps:,}")
-    for change in _moved(folder, engine):
+    for change in resuming.moved(folder, engine):
         say(f"{change}: the last digits of results may differ")
     return trainee
 
@@ -186,23 +180,6 @@ def _unheard(text: str) -> None:
     """What a process says that is not the first."""
 
 
-def check_resumable(recipe: Recipe, folder: Path) -> None:
-    """Raises FolderError unless `folder` is a run of this same recipe."""
-    if not (folder / "recipe.yaml").is_file():
-        raise FolderError(f"--resume: {folder} is no run folder; start without --resume.")
-    _refuse_other(recipe, folder)
-
-
-def _refuse_other(recipe: Recipe, folder: Path) -> None:
-    """Raises FolderError where `folder`, a run or a checkpoint, carries another recipe.
-
-    Earlier versions left more to be found from the rows: what they wrote is settled as well.
-    """
-    then, _ = settled(recipes.restore(folder))
-    if changed := recipes.differences(then, recipe):
-        raise FolderError(several(f"--resume: {folder} was started with another recipe", changed))
-
-
 def _controller(prepared: Prepared, processes: int = 1) -> Controller[Any, Any]:
     config = prepared.recipe.adapter
     make = variants.get(config.variant).controller
@@ -238,57 +215,6 @@ def _make(folder: Path, prepared: Prepared, engine: Engine) -> None:
         (temporary / "recipe.yaml").write_text(recipes.dump(prepared.recipe), encoding="utf-8")
         (temporary / "environment.json").write_text(json.dumps(known, indent=2) + "\n")
         (temporary / "metrics.jsonl").touch()
-
-
-def _go_on(folder: Path, last: Path | None, trainee: Trainee, engine: Engine) -> None:
-    """Puts back all but the weights, and drops the lines of metrics.jsonl after it."""
-    if last is not None:
-        checkpoint.load_state(last, trainee)
-    if not engine.is_main:
-        return
-    if last is not None:
-        run_folder.put_aside(folder, behind=last)
-    for place in (folder, folder / "checkpoints"):
-        sweep(place)
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if _step_of(line) <= trainee.progress.step]
-    write_text(path, "".join(kept))
-
-
-def _moved(folder: Path, engine: Engine) -> list[str]:
-    """What is different here from where the run was started."""
-    try:
-        then = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ["the environment of its start cannot be read"]
-    return changes(then, environment(engine))
-
-
-def _other_rows(folder: Path, now: Mapping[str, str | None], force: bool) -> tuple[str, ...]:
-    """What is to be said of rows that are others than those the checkpoint was trained on.
-
-    Raises:
-        FolderError: instead, but for `force`.
-
-    """
-    then = checkpoint.meta(folder).origins
-    known = {name: origin for name, origin in now.items() if origin and then.get(name)}
-    faults = [f"{n}: {then[n]} then, {here} now" for n, here in known.items() if then[n] != here]
-    if not faults:
-        return ()
-    fault = several(f"{folder} was trained on other rows", faults)
-    if not force:
-        raise FolderError(f"{fault}\n  Put them back, or go on by --force.")
-    return (fault,)
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite where a crash, or a disk, left no such line."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return float("inf")
 
 
 def _outcome(folder: Path, prepared: Prepared, trainee: Trainee) -> Outcome:

@@ -200,7 +200,9 @@ MUTANTS = [
         "the head comes back random",
         RESUME,
     ),
-    Mutant("run.py", "if _step_of(line) <=", "if 0 <=", "metrics repeat after a resume", RESUME),
+    Mutant(
+        "resuming.py", "if _step_of(line) <=", "if 0 <=", "metrics repeat after a resume", RESUME
+    ),
     Mutant("peft_format.py", '"rank_pattern": pattern', '"rank_pattern": {}', "no ranks", LAWS),
     Mutant("peft_format.py", '"alpha_pattern": pattern', '"alpha_pattern": {}', "no alphas", LAWS),
     Mutant(
