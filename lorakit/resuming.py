@@ -53,7 +53,17 @@ def find(folder: Path, prepared: Prepared, force: bool) -> Found:
 
 
 def put_back(folder: Path, last: Path | None, trainee: Trainee, engine: Engine) -> None:
-    """Puts back all but the weights, and drops what was written after it."""
+    """Puts back all but the weights, and drops what was written after it.
+
+    Raises:
+        FolderError: the checkpoint does not fit, or the run's rows cannot be read.
+
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        raise FolderError(f"{path} cannot be read: {error.strerror}.") from error
     if last is not None:
         checkpoint.load_state(last, trainee)
     if not engine.is_main:
@@ -62,8 +72,6 @@ def put_back(folder: Path, last: Path | None, trainee: Trainee, engine: Engine) 
         run_folder.put_aside(folder, behind=last)
     for place in (folder, folder / "checkpoints"):
         sweep(place)
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= trainee.progress.step]
     write_text(path, "".join(kept))
 
@@ -72,9 +80,9 @@ def moved(folder: Path, engine: Engine) -> list[str]:
     """What is different here from where the run was started."""
     try:
         then = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return changes(then, environment(engine))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ["the environment of its start cannot be read"]
-    return changes(then, environment(engine))
 
 
 def _other_rows(

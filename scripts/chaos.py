@@ -233,9 +233,9 @@ def differences(run: Path, other: Path) -> list[str]:
         else:
             found += [f"{part}: {key}" for key in mine if not torch.equal(mine[key], theirs[key])]
     for name in ("best", "last"):
-        texts = [path / "checkpoints" / name for path in (run, other)]
-        if texts[0].exists() != texts[1].exists():
-            found.append(f"{name}: in one only")
+        pointers = [path / "checkpoints" / name for path in (run, other)]
+        if len({path.read_text() if path.exists() else None for path in pointers}) > 1:
+            found.append(f"{name}: another")
     if rows(run) != rows(other):
         found.append("metrics.jsonl: other rows")
     steps = [sorted(p.name for p in (r / "checkpoints").glob("step-*")) for r in (run, other)]
@@ -274,6 +274,7 @@ def main() -> int:
     parser.add_argument("--cold", type=int, default=3, help="processes that start anew")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     torch.set_num_threads(1)
     draw, began = random.Random(given.seed), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="lorakit-chaos-"))

@@ -50,6 +50,16 @@ def test_worth_is_minus_the_sum_of_gradients_which_the_optimizer_never_sees() ->
     assert all(p.grad is None for p in logits)
 
 
+def test_a_gradient_that_is_no_number_says_nothing_of_worth() -> None:
+    """A run may leave such a step out and go on."""
+    logits = chains(3, 2)
+    way = closing(logits, 5.0)
+    hear(way, [1.0, 2.0, 3.0], [4.0, 5.0])
+    hear(way, [float("nan"), float("inf"), 1.0], [-float("inf")] * 2)
+    assert_close(way.worth, torch.tensor([[1.0, 2.0, 4.0], [4.0, 5.0, 0.0]]))
+    assert all(p.grad is None for p in logits)
+
+
 def test_the_gates_worth_least_close_and_chains_close_from_their_ends() -> None:
     logits = chains(3, 3, 3)
     way = closing(logits, 3.0 + 5.0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lorakit import recipe, run
-from lorakit.disk import locked, remove, sweep, whole_folder
+from lorakit.disk import locked, sweep, whole_folder, write_text
 from lorakit.errors import FolderError, Stopped
 from lorakit.run_folder import find, newest
 
@@ -225,6 +226,22 @@ def test_what_a_killed_process_left_is_swept_away_and_what_a_living_one_writes_i
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "pruned"}
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="Linux tells what is synced")
+def test_a_small_file_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, sync = [], os.fsync
+    path = tmp_path / "last"
+
+    def told(handle: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{handle}")), path.exists()))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", told)
+    write_text(path, "step-000002\n")
+    assert synced == [(tmp_path / f".last.{os.getpid()}.tmp", False), (tmp_path, True)]
+
+
 # not as it was written
 
 
@@ -282,6 +299,64 @@ def test_a_run_whose_last_checkpoint_is_broken_goes_on_from_the_one_before(
     assert "resumed at step 4 of 6" in answer.err
     assert_close(files(find(finished, "last")), before, rtol=0, atol=0)
     assert (last.parent / "broken-step-000006").is_dir()
+
+
+def test_what_was_put_aside_is_not_in_the_way_of_what_breaks_later(
+    finished: Path, lorakit: Lorakit
+) -> None:
+    for times in (1, 2, 3):
+        (find(finished, "last") / "state.safetensors").write_bytes(bytes(times))
+        answer = lorakit("train", finished, "--resume")
+        assert answer.code == 0, answer.err
+        assert "resumed at step 4 of 6" in answer.err
+    aside = sorted((finished / "checkpoints").glob("broken-*"))
+    assert [path.name.removeprefix("broken-step-000006") for path in aside] == ["", "-2", "-3"]
+    assert [(path / "state.safetensors").stat().st_size for path in aside] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("where", ["/dev/zero", "../step-000002/state.json", "..", ""])
+def test_a_manifest_that_leads_out_of_its_folder_is_refused_and_not_followed(
+    finished: Path, where: str
+) -> None:
+    """/dev/zero has no end."""
+    path = find(finished, "last") / "manifest.json"
+    known = json.loads(path.read_text())
+    known["files"][where] = {"bytes": 0, "sha256": ""}
+    path.write_text(json.dumps(known))
+    with pytest.raises(FolderError, match=r"is no file of this folder|: no file"):
+        find(finished, "last")
+
+
+def test_a_device_or_a_folder_in_the_place_of_a_file_is_refused_by_its_name(
+    finished: Path,
+) -> None:
+    folder = find(finished, "last")
+    (folder / "adapter.safetensors").unlink()
+    (folder / "adapter.safetensors").symlink_to("/dev/zero")
+    (folder / "head.safetensors").unlink()
+    (folder / "head.safetensors").mkdir()
+    with pytest.raises(FolderError) as error:
+        find(finished, "last")
+    for name in ("adapter", "head"):
+        assert f"  {name}.safetensors: no file\n" in str(error.value)
+
+
+def test_a_run_that_was_killed_within_its_last_save_is_put_in_order(
+    recipe: Path, lorakit: Lorakit
+) -> None:
+    """After the checkpoint itself: pointers are old, and what is not to be kept is there still."""
+    given = ("train.save_every=2", "train.eval_every=2", "train.keep_last=1")
+    kept, screen = TINY / "checkpoints", Screen()
+    was = Path("was")
+    screen.tick = lambda step: shutil.copytree(kept, was) if step == 4 else None
+    run.run(_loaded(recipe, *given), resume=False, screen=screen)
+    done = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    shutil.copytree(was, kept, dirs_exist_ok=True)
+    assert (kept / "last").read_text() == "step-000004\n"
+    answer = lorakit("train", TINY, "--resume")
+    assert answer.code == 0, answer.err
+    assert "resumed at step 6 of 6" in answer.err
+    assert {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == done
 
 
 @pytest.mark.parametrize(
@@ -382,14 +457,3 @@ def test_the_ends_of_stages_are_kept_always(recipe: Path, lorakit: Lorakit) -> N
         <= kept
         <= {find(TINY).name} | {*("step-000002", "step-000004", "step-000006")}
     )
-
-
-def test_going_on_elsewhere_is_told(finished: Path, lorakit: Lorakit) -> None:
-    path = finished / "environment.json"
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps({**told, "threads": 64}))
-    checkpoints = finished / "checkpoints"
-    remove(checkpoints / "step-000006")
-    answer = lorakit("train", finished, "--resume")
-    assert answer.code == 0
-    assert "threads 64 there, 1 here: the last digits of results may differ" in answer.err

@@ -66,6 +66,7 @@ def run(
         penalty = controller.penalty()
         (loss if penalty is None else loss + penalty).backward()
         optimizer.step()
+        controller.before_step(at(step))
         controller.after_step(at(step))
         yield layers, controller
 
@@ -428,6 +429,16 @@ def test_in_the_final_phase_masks_scores_and_dead_ranks_rest() -> None:
             assert torch.equal(every(layers, "live"), live)
             assert torch.equal(every(layers, "E") != 0, live)
             assert torch.equal(controller.scores(), scores)
+
+
+def test_a_restored_one_knows_its_phase_where_the_first_step_is_left_out() -> None:
+    *_, (layers, controller) = run(config(), steps=31)
+    restored = RankAllocator(layers, config(), STEPS)
+    restored.load_state_dict(controller.state_dict())
+    for each in (controller, restored):
+        each.before_step(at(32))  # and no step is taken
+    assert restored.settled()
+    assert restored.told() == controller.told() == {"budget": 4}
 
 
 def test_a_rank_that_does_nothing_goes_first() -> None:
