@@ -25,10 +25,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter, process_time
@@ -38,12 +36,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lorakit import optim, recipe, variants
-from lorakit.engine import Engine
+from lorakit import recipe, variants
 from lorakit.prepare import prepare
 from lorakit.tasks import Task
-from lorakit.timetable import Timetable, TrainSection
-from lorakit.train import Trainee, train
+from stepping import Runner
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "lora_sst2.yaml"
 PLAIN = "lora"
@@ -71,61 +67,12 @@ class Setting:
         return given + ([f"task.data_dir={self.data_dir}"] if self.data_dir else [])
 
 
-class Pause(Exception):  # noqa: N818  (no error)
-    """Leaves the loop after a step; entered again, it goes on with the next."""
-
-
-class Clock:
-    """An observer that notes when steps end, and pauses after so many."""
-
-    def __init__(self, steps: int, now: Callable[[], float]) -> None:
-        self.steps, self.now = steps, now
-        self.ends: list[float] = []
-
-    def tick(self, step: int) -> None:
-        """Notes the time."""
-        self.ends.append(self.now())
-        if len(self.ends) == self.steps:
-            raise Pause
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Numbers are not looked at."""
-
-    def save(self, trainee: Trainee) -> None:
-        """Nothing is written."""
-
-    def stopping(self) -> bool:
-        """The clock alone ends it."""
-        return False
-
-
-class Runner:
+def runner(variant: str, setting: Setting, steps: int, task: Task | None = None) -> Runner:
     """A variant in its base model, with a run of `steps` steps ahead."""
-
-    def __init__(
-        self, variant: str, setting: Setting, steps: int, task: Task | None = None
-    ) -> None:
-        loaded = recipe.load(setting.recipe, setting.overrides(variant))
-        prepared = prepare(loaded)
-        model, layers = prepared.base.model, prepared.layers
-        controller = variants.get(variant).controller(layers, loaded.adapter, steps)
-        optimizer = optim.adamw(model, layers, loaded.train)
-        self.task = task or prepared.task.limited("train", ROWS).limited("validation", 1)
-        self.section: TrainSection = loaded.train
-        self.timetable = Timetable(steps, loaded.train.log_every, None, None)
-        self.trainee = Trainee(model, layers, controller, optimizer)
-        self.engine, self.now = Engine(), process_time if setting.cpu_time else perf_counter
-
-    def take(self, steps: int) -> list[float]:
-        """Takes that many steps; the seconds of each but the first."""
-        clock, own = Clock(steps, self.now), (self.task, self.section, self.timetable)
-        with suppress(Pause):
-            train(self.trainee, *own, 0, self.engine, clock)
-        return [end - start for start, end in pairwise(clock.ends)]
-
-    def base_bytes(self) -> int:
-        """What the frozen weights take."""
-        return sum(p.nbytes for p in self.trainee.model.parameters() if not p.requires_grad)
+    prepared = prepare(recipe.load(setting.recipe, setting.overrides(variant)))
+    rows = task or prepared.task.limited("train", ROWS).limited("validation", 1)
+    now = process_time if setting.cpu_time else perf_counter
+    return Runner(replace(prepared, task=rows), steps, now)
 
 
 def times(
@@ -135,7 +82,7 @@ def times(
     runners: dict[str, Runner] = {}
     task = None
     for name in names:
-        runners[name] = Runner(name, setting, rounds * (block + 1) + 1, task)
+        runners[name] = runner(name, setting, rounds * (block + 1) + 1, task)
         task = runners[name].task  # tokenized once
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     for i in range(rounds):
@@ -178,15 +125,20 @@ def own_peak(variant: str, setting: Setting, steps: int) -> int:
     A first model, of plain LoRA, has everything imported and the rows tokenized before it counts,
     and stays. So what a variant's start leaves behind is counted as the variant's.
     """
-    first = Runner(PLAIN, setting, steps)
+    first = runner(PLAIN, setting, steps)
     next(first.task.steps(1, 1, seed=0))
     before = resident("VmRSS")
-    runner = Runner(variant, setting, steps + 1, first.task)
-    for p in runner.trainee.model.parameters():
+    second = runner(variant, setting, steps + 1, first.task)
+    for p in second.trainee.model.parameters():
         p.sum()  # a file's weights are resident when they have been read
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident
-    runner.take(steps)
-    return resident("VmHWM") - before - runner.base_bytes()
+    second.take(steps)
+    return resident("VmHWM") - before - base_bytes(second)
+
+
+def base_bytes(loaded: Runner) -> int:
+    """What the frozen weights take."""
+    return sum(p.nbytes for p in loaded.trainee.model.parameters() if not p.requires_grad)
 
 
 def resident(key: str) -> int:

@@ -1,6 +1,7 @@
 """Runs `lorakit train` as told, and writes what was measured to $MEASURED, as JSON.
 
-Started by bench_train.py. It only looks on: when steps end, and how long scoring takes.
+Started by bench_train.py and scaling.py. It only looks on: when steps end, what was in them, and
+how long scoring takes.
 """
 
 import json
@@ -14,27 +15,37 @@ from typing import Any
 from lorakit.cli import main as lorakit
 
 ENDS: list[float] = []
-SCORED: list[tuple[dict[str, float], float]] = []
+ROWS: list[int] = []
+TOKENS: list[int] = []
+SCORED: list[tuple[dict[str, float], float, int]] = []
 
 
 def look_on() -> None:
-    """Has the ends of steps noted, and the seconds of each evaluation."""
+    """Has noted: the ends of steps, their rows and tokens; of each evaluation scores, seconds and
+    rows.
+    """
     from lorakit import progress, train  # no earlier than the command itself imports them
 
-    tick, evaluate = progress.Watch.tick, train.evaluate
+    tick, evaluate, backward = progress.Watch.tick, train.evaluate, train.backward
 
     def noted(watch: progress.Watch, step: int) -> None:
         ENDS.append(time.time())
         tick(watch, step)
 
-    def timed(*given: Any) -> dict[str, float]:
+    def counted(model: Any, task: Any, batches: Any, *given: Any) -> float:
+        rows = train.rows_of(batches)
+        ROWS.append(len(rows))
+        TOKENS.append(int(task.encoded("train").lengths[rows].sum()))
+        return backward(model, task, batches, *given)
+
+    def timed(model: Any, task: Any, split: str, *given: Any) -> dict[str, float]:
         started = time.time()
-        scores = evaluate(*given)
-        SCORED.append((scores, time.time() - started))
+        scores = evaluate(model, task, split, *given)
+        SCORED.append((scores, time.time() - started, task.rows(split)))
         return scores
 
     progress.Watch.tick = noted  # type: ignore[method-assign]
-    train.evaluate = timed
+    train.backward, train.evaluate = counted, timed
 
 
 def main() -> None:
@@ -42,12 +53,13 @@ def main() -> None:
     look_on()
     with suppress(SystemExit):
         lorakit(["train", *sys.argv[1:], "--json"])
-    scores, seconds = SCORED[-1]
-    batch, rows = int(os.environ["BATCH"]), int(os.environ["DEV_ROWS"])
+    scores, scoring, scored = SCORED[-1]
+    inner, seconds = slice(1, len(ENDS) - 1), ENDS[-2] - ENDS[0]  # the last one also scores
     measured = {
-        "rows_per_s": batch * (len(ENDS) - 2) / (ENDS[-2] - ENDS[0]),  # the last one also scores
+        "rows_per_s": sum(ROWS[inner]) / seconds,
+        "tokens_per_s": sum(TOKENS[inner]) / seconds,
         "first_step_s": ENDS[0] - float(os.environ["STARTED"]),
-        "scored_rows_per_s": rows / seconds,
+        "scored_rows_per_s": scored / scoring,
         **scores,
     }
     Path(os.environ["MEASURED"]).write_text(json.dumps(measured))

@@ -25,7 +25,7 @@ def setting(bench: SimpleNamespace, recipe: Path) -> Any:
 
 
 def test_a_run_taken_in_portions_is_the_run(bench: SimpleNamespace, setting: Any) -> None:
-    whole, parted = (bench.Runner("sora", setting, 10) for _ in range(2))
+    whole, parted = (bench.runner("sora", setting, 10) for _ in range(2))
     assert len(whole.take(6)) == 5
     assert [len(parted.take(3)) for _ in range(2)] == [2, 2]
     assert whole.trainee.progress.step == parted.trainee.progress.step == 6
