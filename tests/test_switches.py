@@ -33,8 +33,7 @@ def test_a_compiled_model_takes_the_same_steps(
         assert answer.code == 0, answer.err
         assert bool(graphs) == compiled
     plain, compiled = (
-        [row["loss"] for row in metrics(Path("runs") / name)]
-        for name in ("plain", "compiled")
+        [row["loss"] for row in metrics(Path("runs") / name)] for name in ("plain", "compiled")
     )
     assert len(plain) == 7
     assert compiled == pytest.approx(plain, rel=1e-5)
