@@ -414,7 +414,7 @@ def test_no_runs_yet(refused: Callable[..., str], recipe: Path) -> None:
         (("--split", "dev"), "no split 'dev'. Here: train, validation."),
         (("--split", "valdation"), "no split 'valdation'. Nearest: 'validation'. Here: train, "),
         (("--task", "glue/sst"), "--task: 'glue/sst': expected glue/cola, glue/sst2, glue/mrpc, "),
-        (("--precision", "fp8"), "--precision: 'fp8': expected auto, fp32 or bf16."),
+        (("--precision", "fp8"), "--precision: 'fp8': expected auto, fp32, tf32 or bf16."),
         (("--output-path", "no/x.json"), "--output-path: no/x.json: expected a file in a folder "),
         (("--output-path", "done"), "--output-path: done: expected a file in a folder that exis"),
         (("--checkpoint", "3"), "done has no checkpoint '3'. Steps here: 1, 2."),
