@@ -61,6 +61,7 @@ class Watch:
         self.others: dict[str, TaskID] = {}
         self.steps, self.first, self.start_ranks = 0, 0, 0
         self.started = self.said = perf_counter()
+        self.waited_for: str | None = None
         self.heard = _Heard(self.pace)
 
     def __enter__(self) -> Watch:
@@ -107,7 +108,9 @@ class Watch:
                 bars.remove_task(self.others.pop(pace.what))
             if not bars.tasks:
                 self._close()
-        elif not (over or self.quiet) and perf_counter() - self.said >= EVERY:
+        elif over or pace.what != self.waited_for:
+            self.waited_for, self.said = None if over else pace.what, perf_counter()
+        elif perf_counter() - self.said >= EVERY:
             self.said = perf_counter()
             self.note(str(pace))
 

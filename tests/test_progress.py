@@ -63,10 +63,14 @@ def test_elsewhere_it_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) ->
         for _ in paced(range(3), "rows tokenized", 3):
             pass
         assert file.getvalue() == ""  # it took no ten seconds
-        monkeypatch.setattr(progress, "EVERY", 0.0)
-        for _ in paced([1000, 1000], "rows tokenized", 2000, size=int):
+        seen.said -= 60
+        for _ in paced(range(2), "rows answered", 2):
             pass
-    assert file.getvalue() == "· 1,000 of 2,000 rows tokenized\n"
+        assert file.getvalue() == ""  # nor did this, a minute later
+        monkeypatch.setattr(progress, "EVERY", 0.0)
+        for _ in paced([1000, 1000, 1000], "rows tokenized", 3000, size=int):
+            pass
+    assert file.getvalue() == "· 2,000 of 3,000 rows tokenized\n"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
