@@ -10,7 +10,7 @@ HERE = {
         "model.name": "model_name_or_path base_model model_name checkpoint_dir pretrained "
         "model_id base_model_name_or_path",
         "model.revision": "model_revision",
-        "model.precision": "bf16 fp16 dtype torch_dtype precision",
+        "model.precision": "bf16 fp16 tf32 dtype torch_dtype precision",
         "model.quantize": "load_in_4bit load_in_8bit quantization_bit quantization "
         "quantization_method bnb_4bit_quant_type quant_bits",
         "model.double_quant": "bnb_4bit_use_double_quant double_quantization",
@@ -56,6 +56,7 @@ HERE = {
         "train.weight_decay": "wd decay",
         "train.schedule": "lr_scheduler_type lr_scheduler scheduler",
         "train.warmup": "warmup_ratio warmup_steps lr_warmup_steps num_warmup_steps",
+        "train.compile": "torch_compile",
         "train.clip": "max_grad_norm clip_grad_norm gradient_clipping max_norm",
         "train.eval_every": "eval_steps eval_strategy evaluation_strategy evals_per_epoch "
         "val_every_steps eval_interval",

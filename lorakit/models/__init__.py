@@ -84,7 +84,8 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
     import transformers
 
     _quiet()
-    kernels.round_products(section.precision == "tf32")
+    if not stored:  # weights to look at compute nothing
+        kernels.round_products(section.precision == "tf32")
     where = resolve(section.name)
     if where.endswith(gguf.ENDING):
         where = str(gguf.unpacked(section.name, Path(where).expanduser()))
