@@ -96,6 +96,32 @@ def test_a_head_that_reads_every_token_gets_every_token() -> None:
     assert model(input_ids=torch.ones(2, 7, dtype=torch.long)).logits.shape == (2, 7, 2)
 
 
+@pytest.mark.parametrize("kind", kernels.PLAIN)
+def test_maps_of_some_rows_at_a_time_are_those_of_all(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh(kind)
+    kernels.install(model, BOTH)
+    whole = answers(model)
+    monkeypatch.setattr(kernels, "MAPS", 4 * 2 * 2 * 9 * 9)  # two of the five rows
+    assert_close(answers(model), whole, rtol=1e-5, atol=1e-7)
+
+
+def test_no_map_is_larger_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, whole = [], kernels._attention
+
+    def counted(query: Tensor, key: Tensor, *given: Any) -> Tensor:
+        maps.append(query.size(0) * query.size(1) * query.size(2) * key.size(2))
+        return whole(query, key, *given)
+
+    monkeypatch.setattr(kernels, "_attention", counted)
+    monkeypatch.setattr(kernels, "MAPS", 4000)
+    q = torch.randn(7, 2, 12, 4)
+    found, _ = kernels.attention(nn.Identity(), q, q, q, torch.zeros(1, 1, 12, 12))
+    assert maps == [864, 864, 288]  # three rows, three, one
+    assert found.shape == (7, 12, 2, 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.1, 0.5, 1 / 3])
 def test_dropout_keeps_its_share_and_the_mean(dtype: torch.dtype, p: float) -> None:

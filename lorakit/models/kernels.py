@@ -6,6 +6,8 @@ LoRA on SST-2 (rank 8, 32 rows of 16 tokens in the mean, bfloat16, one core of a
 docs/performance.md). On a GPU torch's own kernels stand.
 """
 
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -16,6 +18,10 @@ from lorakit.models.heads import CLASSIFIER, WRITERS, Head
 
 ATTENTION = "lorakit"
 """The name of `attention` among transformers' own."""
+MAPS = 2**24
+"""Bytes that attention's maps may have at once. Of 16 x 512 tokens, whose maps have 100 MB, a step
+took 0.67 x as long so (5.0 s for 7.5, two cores): pieces of memory above 32 MiB glibc gives back to
+the system and asks for anew each time, and every page comes filled with zeros."""
 PLAIN = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
 """Families whose own attention is `attention`, by `model_type`."""
 POOLED = (
@@ -132,16 +138,34 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Plain attention, as transformers' `eager`: the three of shape (rows, heads, tokens, d)."""
-    weights = query @ key.transpose(2, 3)
-    weights *= query.size(-1) ** -0.5 if scaling is None else scaling
+) -> tuple[Tensor, None]:
+    """Plain attention, as transformers' `eager`: the three of shape (rows, heads, tokens, d).
+
+    Rows are taken a few at a time, as `MAPS` has it.
+    """
+    rows, heads, tokens, size = query.shape
+    scale = size**-0.5 if scaling is None else scaling
+    share = dropout if module.training else 0.0
+    some = max(1, MAPS // (heads * tokens * key.size(2) * query.element_size()))
+    if some >= rows:
+        return _attention(query, key, value, attention_mask, scale, share), None
+    given = (x.split(some) for x in (query, key, value))
+    masks: Iterable[Tensor | None] = repeat(None)
     if attention_mask is not None:
-        weights += attention_mask
+        masks = attention_mask.expand(rows, -1, -1, -1).split(some)
+    parts = zip(*given, masks, strict=False)
+    return torch.cat([_attention(q, k, v, mask, scale, share) for q, k, v, mask in parts]), None
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, share: float
+) -> Tensor:
+    """(rows, tokens, heads, d); `share` of the map's numbers drop out."""
+    weights = query @ key.transpose(2, 3)
+    weights *= scale
+    if mask is not None:
+        weights += mask
     weights = weights.softmax(-1)
-    if module.training and dropout:
-        weights = _dropout(weights, dropout)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-_dropout = dropout  # `attention` has an argument of that name
+    if share:
+        weights = dropout(weights, share)
+    return (weights @ value).transpose(1, 2).contiguous()

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lorakit.data import packing
 from lorakit.data.batching import Batch, Encoded, steps
@@ -24,6 +23,7 @@ from lorakit.models import probe
 from lorakit.models.heads import Head
 from lorakit.tasks.generation import begins, unwrapped
 from lorakit.tasks.language import MASK, LanguageTask
+from lorakit.tasks.words import word_losses
 
 LossOn = Literal["completion", "all"]
 LAST = "last_answer"
@@ -172,7 +172,7 @@ class CausalTask(LanguageTask):
             logits = model(**taken, use_cache=False, logits_to_keep=asked).logits
         else:
             logits = model(**taken, use_cache=False).logits[asked]
-        losses = cross_entropy(logits.float(), following[asked], reduction="none")
+        losses = word_losses(logits, following[asked])
         return losses, asked.nonzero()[:, 0]
 
     def asked(self, inputs: dict[str, Tensor]) -> tuple[list[list[int]], list[str]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from lorakit.data.batching import Encoded
 from lorakit.data.cache import Chunk
@@ -16,6 +15,7 @@ from lorakit.data.encoding import NAMES, longer, padding, tokenized
 from lorakit.models.heads import Head
 from lorakit.tasks.generation import unwrapped
 from lorakit.tasks.language import MASK, LanguageTask
+from lorakit.tasks.words import word_losses
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Seq2SeqTask(LanguageTask):
             use_cache=False,
         ).logits
         asked = labels != MASK
-        losses = cross_entropy(logits[asked].float(), labels[asked], reduction="none")
+        losses = word_losses(logits[asked], labels[asked])
         return losses, asked.nonzero()[:, 0]
 
     def asked(self, inputs: dict[str, Tensor]) -> tuple[list[list[int]], list[str]]:
