@@ -306,6 +306,10 @@ class Controller(Generic[L, C]):
         """Whether ranks have come to rest; until then no checkpoint is called the best."""
         return True
 
+    def rewrote(self) -> bool:
+        """Whether its last step has rewritten all it trains, and let the moments be forgotten."""
+        return False
+
     def told(self) -> Mapping[str, Any]:
         """Numbers of its own for the log, as JSON has them; short, since a screen shows them."""
         return {}
@@ -324,8 +328,9 @@ class Controller(Generic[L, C]):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state_dict`."""
-        assert not state, f"{type(self).__name__} keeps no state, got {sorted(state)}"
+        """The inverse of `state_dict`; raises ValueError for what is none."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, got {sorted(state)}")
 
 
 class Promises(NamedTuple):

@@ -147,16 +147,16 @@ def load_state(folder: Path, trainee: Trainee) -> None:
         for key, value in _read(path).items():
             part, _, name = key.partition("/")
             parts[part][name] = value
-        if not parts["optimizer"]:
+        trainee.controller.load_state_dict(parts["controller"])
+        bare = progress.step == progress.skipped or trainee.controller.rewrote()
+        if not (parts["optimizer"] or bare):
             raise ValueError("no moments of the optimizer")
         load_state_tensors(trainee.model, trainee.optimizer, parts["optimizer"])
-        trainee.controller.load_state_dict(parts["controller"])
-        torch.set_rng_state(parts["random"].pop("cpu"))
-        for name, state in parts["random"].items():
-            if int(name) < torch.cuda.device_count():  # another machine may have had more
-                torch.cuda.set_rng_state(state, int(name))
-    except (LookupError, ValueError, TypeError, RuntimeError) as error:
-        raise FolderError(f"{path} does not fit this run: {error!r}.") from error
+        _put_back_random(parts["random"])
+    except LookupError as error:
+        raise FolderError(f"{path} does not fit this run: it lacks {error}.") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise FolderError(f"{path} does not fit this run: {error}.") from error
     vars(trainee.progress).update(asdict(progress))
 
 
@@ -222,18 +222,35 @@ def _whole_tensors(whole: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def _state_tensors(trainee: Trainee) -> dict[str, Tensor]:
-    random = {"cpu": torch.get_rng_state()}
-    random |= {str(i): state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     parts = {
         "optimizer": state_tensors(trainee.model, trainee.optimizer),
         "controller": trainee.controller.state_dict(),
-        "random": random,
+        "random": _random(),
     }
     return {
         f"{part}/{name}": value.contiguous()
         for part, tensors in parts.items()
         for name, value in tensors.items()
     }
+
+
+def _random() -> dict[str, Tensor]:
+    """The random states of this process, which dropout draws from: of the CPU, of each CUDA device
+    by its number, of Apple's. Those of accelerators were never tested on one.
+    """
+    states = {"cpu": torch.get_rng_state()}
+    states |= {str(i): state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states | ({"mps": torch.mps.get_rng_state()} if torch.mps.is_available() else {})
+
+
+def _put_back_random(states: Mapping[str, Tensor]) -> None:
+    """The inverse; a device that is not here is passed over: another machine may have had more."""
+    torch.set_rng_state(states["cpu"])
+    for name, state in states.items():
+        if name.isdecimal() and int(name) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, int(name))
+        elif name == "mps" and torch.mps.is_available():
+            torch.mps.set_rng_state(state)
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -56,7 +56,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise FolderError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what the disk answers has been told
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -133,6 +134,11 @@ def refuse_existing(path: Path, otherwise: str) -> None:
     """Raises FolderError where `path` exists, or cannot be made for want of permission."""
     if path.exists() or path.is_symlink():
         raise FolderError(f"{path} exists; nothing is overwritten. {otherwise}")
+    refuse_locked(path)
+
+
+def refuse_locked(path: Path) -> None:
+    """Raises FolderError where nothing can be made at `path` for want of permission."""
     above = next(p for p in path.absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise FolderError(f"{path} cannot be made: no permission to write in {above}.")

@@ -185,8 +185,10 @@ def _output(folder: Path) -> Check:
         refuse_existing(folder, "Go on with --resume, or choose another name: output_dir=NAME.")
         with tempfile.TemporaryDirectory(prefix=".lorakit-", dir=_above(folder)) as trial:
             write_text(Path(trial) / "trial", "written\n")
-    except (FolderError, OSError) as error:
+    except FolderError as error:
         return Check("output", "fail", str(error))
+    except OSError as error:
+        return Check("output", "fail", f"{folder} cannot be made: {error.strerror}.")
     return Check("output", "ok", f"{folder} can be made")
 
 

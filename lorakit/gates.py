@@ -87,7 +87,10 @@ class Gates(Section):
     def _leaves_time_for_gates(cls, freeze: float, others: ValidationInfo) -> float:
         warmup = others.data.get("warmup", 0.0)
         if warmup + freeze >= 1:
-            raise ValueError(f"warmup {warmup:g} and freeze {freeze:g} leave no step to the gates")
+            raise ValueError(
+                f"warmup {warmup:g} and freeze {freeze:g} leave no step to the gates; together "
+                "they are expected to be below 1"
+            )
         return freeze
 
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple
 
 from lorakit.data.columns import text_columns
 from lorakit.data.sources import Record, records
@@ -99,22 +99,23 @@ def read(name: str, asked: Asked) -> Iterator[Input]:
 
     """
     if name == STDIN:
-        yield from (_of_line(line, asked) for line in _lines("standard input", sys.stdin))
+        yield from (_of_line(line, asked) for line in _lines("standard input", sys.stdin.buffer))
     elif name.lower().endswith(".txt") and Path(name).is_file():
-        with Path(name).expanduser().open(encoding="utf-8-sig") as file:
+        with Path(name).expanduser().open("rb") as file:
             yield from (_of_line(line, asked) for line in _lines(Path(name).name, file))
     else:
         yield from _of_columns(records(name, "--file"), asked)
 
 
-def _lines(name: str, stream: TextIO) -> Iterator[Record]:
+def _lines(name: str, stream: BinaryIO) -> Iterator[Record]:
     """Every line, empty ones too, which a reader of rows would pass over."""
-    number = 0
-    try:
-        for number, line in enumerate(stream, start=1):
-            yield Record(f"{name} line {number}", {"text": line.rstrip("\r\n")})
-    except UnicodeDecodeError:
-        raise DataError(f"{name}: not UTF-8 text after line {number}; save it as such.") from None
+    for number, line in enumerate(stream, start=1):
+        place = f"{name} line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: byte {error.start} is not UTF-8; save it as such.") from None
+        yield Record(place, {"text": text.rstrip("\r\n")})
 
 
 def _of_line(line: Record, asked: Asked) -> Input:

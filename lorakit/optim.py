@@ -1,6 +1,6 @@
 """The optimizer, its parameter groups and the learning-rate schedule."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from math import cos, pi
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from lorakit.adapter import Adapter, Shrunk
 from lorakit.base import bitsandbytes
-from lorakit.errors import RecipeError
+from lorakit.errors import RecipeError, several
 from lorakit.schema import Section
 
 
@@ -93,6 +93,10 @@ def notes(model: nn.Module, section: OptimSection) -> tuple[str, ...]:
 
 _SECOND = "state2"
 """bitsandbytes' name of the second moment."""
+_MOMENTS = {True: ("exp_avg", "exp_avg_sq"), False: ("state1", _SECOND)}
+"""Names of both moments: torch's, and bitsandbytes'."""
+_OF_CODES = ("qmap1", "qmap2", "absmax1", "absmax2")
+"""What moments in 8-bit codes have besides: tables of codes, and a scale for each block."""
 
 
 def factor(step: int, steps: int, section: OptimSection) -> float:
@@ -203,10 +207,52 @@ def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 def load_state_tensors(
     model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `state_tensors`."""
-    parameters = dict(model.named_parameters())
+    """The inverse of `state_tensors`.
+
+    A module that was never run, or that its variant has just rewritten, has no moments at all; an
+    adapter's parameter that its variant does not train yet has none in any layer.
+
+    Raises:
+        ValueError: a parameter has none where others like it have, or not all that it should, or
+            of another shape; or moments are of what is not trained. All such are named.
+
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    layers = {name for name, module in model.named_modules() if isinstance(module, Adapter)}
+    found: dict[str, dict[str, Tensor]] = {}
     for full, value in tensors.items():
         name, _, key = full.rpartition(".")
-        p = parameters[name]
-        count = value.dtype == torch.int64
-        optimizer.state[p][key] = int(value) if count else value.to(p.device)
+        found.setdefault(name, {})[key] = value
+    if faults := list(_misfits(found, trained, layers, isinstance(optimizer, AdamW))):
+        raise ValueError(several("moments of the optimizer", faults))
+    for name, state in found.items():
+        p = trained[name]
+        for key, value in state.items():
+            count = value.dtype == torch.int64
+            optimizer.state[p][key] = int(value) if count else value.to(p.device)
+
+
+def _misfits(
+    found: Mapping[str, Mapping[str, Tensor]],
+    trained: Mapping[str, nn.Parameter],
+    layers: Container[str],
+    by_torch: bool,
+) -> Iterator[str]:
+    """What is wrong with moments, by parameter."""
+    places = [name.rpartition(".") for name in found]
+    run, begun = {module for module, *_ in places}, {k for m, _, k in places if m in layers}
+    moments = _MOMENTS[by_torch]
+    for name, p in trained.items():
+        state, (module, _, kind) = found.get(name, {}), name.rpartition(".")
+        codes = any(value.dtype == torch.uint8 for value in state.values())
+        wanted = ("step", *moments, *(_OF_CODES if codes else ()))
+        if not state and module in run and (module not in layers or kind in begun):
+            yield f"{name}: none"
+        elif lacking := [key for key in wanted if key not in state] if state else []:
+            yield f"{name}: no {', '.join(lacking)}"
+        yield from (
+            f"{name}: {key} is {tuple(state[key].shape)}, the parameter {tuple(p.shape)}"
+            for key in moments
+            if key in state and state[key].shape != p.shape
+        )
+    yield from (f"{name}: not trained" for name in sorted(found.keys() - trained.keys()))

@@ -25,6 +25,8 @@ WINDOW = 8
 out in the order of the texts, and memory does not grow with their number."""
 LIKELY = 0.5
 """From this probability on a text has a label, where it may have any number of them."""
+NEW_TOKENS = 128
+"""How many a model writes where nothing is said."""
 PLACES = 6
 """Decimals of probabilities and numbers."""
 FORMATS = get_args(TaskSection.model_fields["format"].annotation)[1:]
@@ -56,11 +58,20 @@ class Settings(NamedTuple):
 
     batch_size: int = 32
     max_length: int | None = None
-    """Tokens, beyond which a text is cut; null: as in training."""
-    max_new_tokens: int = 128
-    """Of a text that the model writes."""
+    """Tokens, beyond which a text to be labelled is cut; null: as in training."""
+    max_new_tokens: int | None = None
+    """Of a text that the model writes; null: `NEW_TOKENS`."""
     format: str | None = None
     """How a bare text becomes a prompt; null: as in training."""
+
+    def refuse_unheard(self, writes: bool) -> None:
+        """Raises LorakitError for what says nothing to a model that writes, or that labels."""
+        of_labels = {"--max-length": self.max_length}
+        of_words = {"--format": self.format, "--max-new-tokens": self.max_new_tokens}
+        unheard = of_labels if writes else of_words
+        if given := [option for option, value in unheard.items() if value is not None]:
+            other, this = ("label", "writes") if writes else ("write", "labels")
+            raise LorakitError(f"{', '.join(given)}: goes with models that {other}; this {this}.")
 
 
 @dataclass
@@ -73,7 +84,7 @@ class Counts:
 
     def notes(self) -> tuple[str, ...]:
         """What was done to the texts, to be said aloud."""
-        said = []
+        said = [] if self.read else ["there was no text to answer"]
         if self.empty:
             said.append(f"{self.empty:,} of {self.read:,} inputs are empty and were left out")
         if self.cut:
@@ -113,6 +124,7 @@ def answers(
         raise LorakitError(
             f"{trained.path} has a head of kind {trained.head.kind}; expected one of {known}."
         )
+    settings.refuse_unheard(trained.head.kind in WRITERS)
     engine = Engine()
     model = engine.prepare(trained.model).eval()
     read = READERS[trained.head.kind](Asking(trained, model, engine.device, settings, counts))
@@ -161,12 +173,20 @@ class Asking(NamedTuple):
         head, config = self.trained.head, cast(Any, self.trained.model.config)
         return head if head.labels else head._replace(labels=tuple(config.id2label.values()))
 
-    @property
-    def max_length(self) -> int:
-        """Tokens, beyond which a text is cut."""
-        recipe = self.trained.recipe
+    def max_length(self, texts: int = 1) -> int:
+        """Tokens, beyond which `texts` that are read together are cut.
+
+        Raises:
+            LorakitError: the tokenizer's own take all of them, or the model has no position left.
+
+        """
+        recipe, most = self.trained.recipe, self.trained.max_tokens
         section = recipe.task if recipe else TaskSection(name="classification")
-        return self.settings.max_length or section.max_length
+        length = self.settings.max_length or min(section.max_length, most)
+        least = self.trained.tokenizer.num_special_tokens_to_add(pair=texts == 2) + texts
+        if not least <= length <= most:
+            raise LorakitError(f"--max-length: {length}: expected {least} to {most:,} tokens.")
+        return length
 
 
 Window = Sequence[Input]
@@ -180,8 +200,9 @@ def _classified(asking: Asking) -> Reader:
 
     def read(window: Window) -> Iterator[Answer]:
         columns = [list(column) for column in zip(*(i.texts for i in window), strict=True)]
-        encoded = tokenizer(*columns, truncation="longest_first", max_length=asking.max_length)
-        asking.counts.cut += longer(encoded, columns, tokenizer, asking.max_length)
+        length = asking.max_length(len(columns))
+        encoded = tokenizer(*columns, truncation="longest_first", max_length=length)
+        asking.counts.cut += longer(encoded, columns, tokenizer, length)
         yield from (say(row, head.labels) for row in _outputs(asking, dict(encoded)))
 
     return read
@@ -196,7 +217,7 @@ def _tagged(asking: Asking) -> Reader:
             [list(given.texts) for given in window],
             is_split_into_words=True,
             truncation=True,
-            max_length=asking.max_length,
+            max_length=asking.max_length(),
         )
         found = _outputs(asking, dict(encoded))
         for number, (given, row) in enumerate(zip(window, found, strict=True)):
@@ -228,7 +249,7 @@ def _written(asking: Asking) -> Reader:
                 asking.model,
                 trained.tokenizer,
                 prompts,
-                settings.max_new_tokens,
+                settings.max_new_tokens or NEW_TOKENS,
                 settings.batch_size,
             ),
         )

@@ -205,7 +205,7 @@ def _explain(error: ValidationError, document: Document) -> list[str]:
     """Pydantic's complaints, for people: a line for each value, whatever its type may be."""
     by_path: dict[KeyPath, list[Any]] = {}
     for fault in error.errors():
-        path = _path_in(fault["loc"], fault["type"], document.data)
+        path = _path_in(fault["loc"], document.data)
         by_path.setdefault(path, []).append(fault)
     innermost = [
         path
@@ -229,7 +229,10 @@ def _explain_one(path: KeyPath, faults: Sequence[Any], document: Document) -> st
             path, name = (*path, "variant"), str(fault["input"]["variant"])
             message = f"{dotted}.variant: {no_such('variant', name, variants.names())}"
         case "value_error":
-            message = f"{dotted}: {str(fault['ctx']['error']).rstrip('.')}."
+            why = str(fault["ctx"]["error"]).rstrip(".")
+            plain = path in document.places and not isinstance(fault["input"], Mapping)
+            value = f"{given}: " if plain and given not in why else ""
+            message = f"{dotted}: {value}{why}."
         case "literal_error":
             known = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
             near = nearest(str(fault["input"]), known)
@@ -245,15 +248,16 @@ def _explain_one(path: KeyPath, faults: Sequence[Any], document: Document) -> st
     return f"{place}: {message}" if place else message
 
 
-def _path_in(loc: Sequence[str | int], kind: str, data: Any) -> KeyPath:
-    """`loc` without pydantic's own steps (a union's branch), which are not in the data."""
+def _path_in(loc: Sequence[str | int], data: Any) -> KeyPath:
+    """`loc` without pydantic's own steps (a union's branch), which are no keys."""
     path: list[str | int] = []
+    whole = data
     for i, part in enumerate(loc):
         inside = isinstance(data, Mapping) and part in data
         item = isinstance(data, tuple) and isinstance(part, int) and part < len(data)
         if inside or item:
             path.append(part)
             data = data[part]
-        elif kind == "missing" and i == len(loc) - 1 and isinstance(part, str):
-            path.append(part)
+        elif i == len(loc) - 1 and field_at((*path, part), whole):
+            path.append(part)  # left out, where it must be given or its default does not fit
     return tuple(path)

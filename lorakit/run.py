@@ -186,14 +186,24 @@ def _controller(prepared: Prepared, processes: int = 1) -> Controller[Any, Any]:
     config = prepared.recipe.adapter
     make = variants.get(config.variant).controller
     controller = make(prepared.layers, config, prepared.timetable.steps)
-    if controller.compacts() and (processes > 1 or prepared.recipe.train.compile):
-        one = f"in one process only; these are {processes}"
-        why = one if processes > 1 else "only where train.compile is off"
-        raise RecipeError(  # both hold on to parameters
+    if controller.compacts() and (why := _in_the_way_of_compaction(prepared, processes)):
+        raise RecipeError(
             f"adapter: layers can be compacted {why}. Turn compaction off: dead ranks then stay "
             "where they are, and nothing else changes."
         )
     return controller
+
+
+def _in_the_way_of_compaction(prepared: Prepared, processes: int) -> str | None:
+    """What would hold on to parameters as they were, or could not shrink with them."""
+    section = prepared.recipe.train
+    if processes > 1:
+        return f"in one process only; these are {processes}"
+    if section.compile:
+        return "only where train.compile is off"
+    if section.optimizer.endswith("8bit"):
+        return f"only with moments in 32 bits; train.optimizer is {section.optimizer}"
+    return None
 
 
 def _trainee(prepared: Prepared, engine: Engine) -> Trainee:

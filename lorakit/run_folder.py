@@ -183,4 +183,7 @@ def _step_of(folder: Path) -> int:
 
 
 def _what_is(path: Path) -> str:
-    return "" if path.exists() else ": there is nothing of that name"
+    if not path.exists():
+        return ": there is nothing of that name"
+    whole = (path / "config.json").is_file()
+    return ", but a whole model, which transformers loads by itself" if whole else ""

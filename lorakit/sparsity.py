@@ -68,10 +68,10 @@ class Sparsity(Section):
     """The gates' peak learning rate; it follows the run's schedule."""
     gate_init: Literal["ones", "normal"] = "ones"
     """Gates start at 1, so that SoRA starts as LoRA, or as standard normals, as the authors' do."""
-    schedule: Schedule = "constant"
+    schedule: Schedule | tuple[NonNegativeFloat, ...] = "constant"
     """How `lambda` or `xi` grows from `start`: in one stage, or in `levels` stages, each with a
     warm-up and a decay of its own, by equal steps, by equal steps of its exponential (log-linear),
-    or by equal ratios (exp-linear)."""
+    or by equal ratios (exp-linear). Or a list: its values in the stages before the last."""
     start: NonNegativeFloat = Field(0.0, validate_default=True)
     """Where a growing schedule begins; above 0 for exp-linear."""
     levels: PositiveInt = 7
@@ -139,6 +139,24 @@ class Sparsity(Section):
             raise ValueError(f"without effect: {why}")
         return value
 
+    @field_validator("start", "levels")
+    @classmethod
+    def _a_list_says_it_all(cls, value: float, others: ValidationInfo) -> float:
+        off_default = value != cls.model_fields[str(others.field_name)].default
+        if off_default and isinstance(others.data.get("schedule"), tuple):
+            raise ValueError("without effect: `schedule` lists the values itself")
+        return value
+
+    @field_validator("schedule")
+    @classmethod
+    def _grows_to_the_end(cls, schedule: Any, others: ValidationInfo) -> Any:
+        end = _end(others)
+        if isinstance(schedule, tuple) and end is not None:
+            values = [*schedule, end]
+            if values != sorted(values):
+                raise ValueError(f"expected numbers that grow, none above the end, {end:g}")
+        return schedule
+
     @field_validator("schedule", "dense")
     @classmethod
     def _no_stages_to_a_target(cls, value: Any, others: ValidationInfo) -> Any:
@@ -149,12 +167,11 @@ class Sparsity(Section):
     @field_validator("start")
     @classmethod
     def _below_the_end(cls, start: float, others: ValidationInfo) -> float:
-        schedule, given = others.data.get("schedule"), (others.data.get(k) for k in ("lam", "xi"))
-        end = next((value for value in given if value is not None), None)
+        schedule, end = others.data.get("schedule"), _end(others)
         if schedule == "exp-linear" and start == 0:
             raise ValueError("exp-linear grows by a ratio, so `start` must be above 0")
         if schedule != "constant" and end is not None and start > end:
-            raise ValueError(f"start ({start:g}) is above the end ({end:g})")
+            raise ValueError(f"expected at most the end, {end:g}")
         return start
 
     @field_validator("levels")
@@ -167,7 +184,8 @@ class Sparsity(Section):
     @field_validator("retrain")
     @classmethod
     def _something_moves_at_rest(cls, retrain: bool, others: ValidationInfo) -> bool:
-        unstaged = others.data.get("schedule") == "constant" and others.data.get("dense") == 0
+        single = others.data.get("schedule") in ("constant", ())
+        unstaged = single and others.data.get("dense") == 0
         if not retrain and unstaged:
             raise ValueError("false takes stages: a growing `schedule`, or a `dense` one")
         if not retrain and "xi" in others.data and others.data["xi"] is None:
@@ -200,6 +218,8 @@ class Sparsity(Section):
 
     def _grown(self) -> list[float]:
         a, b, count = self.start, self.strength, self.levels
+        if isinstance(self.schedule, tuple):
+            return [*self.schedule, b]
         if self.schedule == "constant":
             return [b]
         grid = [i / (count - 1) for i in range(count)]  # 0 to 1
@@ -228,3 +248,9 @@ class Sparsity(Section):
         first = min(max(1, round(share * steps)), steps - count + 1)
         ends = [first + (steps - first) * i // max(1, count - 1) for i in range(count)]
         return [end - begin for begin, end in pairwise([0, *ends])]
+
+
+def _end(others: ValidationInfo) -> float | None:
+    """What `lambda` or `xi` comes to, whichever is given."""
+    given = (others.data.get(key) for key in ("lam", "xi"))
+    return next((value for value in given if value is not None), None)

@@ -45,9 +45,10 @@ class Target(NamedTuple):
         would have to die before step `begin`.
         """
         if self.first < begin:
+            need, there = self.last + 1 - self.first, max(0, self.last + 1 - begin)
             raise RecipeError(
-                f"{key}: at most {self.at_most} of {count} may close in a step, and from step "
-                f"{begin} to step {self.last} not so many can; train longer."
+                f"{key}: takes {need:,} steps, since at most {self.at_most} of {count} may close "
+                f"in one; from step {begin} to step {self.last} there are {there:,}; train longer."
             )
 
     def due(self, score: Tensor, cost: Tensor, step: int) -> Tensor:

@@ -62,6 +62,8 @@ class Trained:
     """Ranks at the start, by module."""
     size: int
     """Bytes of adapter and head on disk."""
+    max_tokens: int
+    """The longest sequence that the base has positions for."""
     fingerprint: Fingerprint
     """Of the base that it was trained over, as far as that is known."""
     scores: Mapping[str, float]
@@ -144,6 +146,7 @@ def _from_checkpoint(
         recipe=recipe,
         start={name: rank for name, (rank, _) in meta.plans.items()},
         size=size,
+        max_tokens=base.max_tokens,
         fingerprint=meta.base or base.fingerprint,
         scores=meta.scores,
         step=meta.step,
@@ -219,6 +222,7 @@ def _from_folder(
         recipe=recipe,
         start=found.start,
         size=found.size,
+        max_tokens=base.max_tokens,
         fingerprint=trained_over or base.fingerprint,
         scores=card.scores if card else {},
         step=card.step if card else None,

@@ -181,8 +181,8 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint.py",
-        'torch.set_rng_state(parts["random"].pop("cpu"))',
-        'parts["random"].pop("cpu")',
+        'torch.set_rng_state(states["cpu"])',
+        'states["cpu"]',
         "random state lost",
         RESUME,
     ),
@@ -238,7 +238,9 @@ MUTANTS = [
         "controller's state not restored",
         RESUME,
     ),
-    Mutant("checkpoint.py", 'if not parts["optimizer"]:', "if False:", "no moments", RESUME),
+    Mutant(
+        "checkpoint.py", 'if not (parts["optimizer"] or bare):', "if False:", "no moments", RESUME
+    ),
     Mutant("doctor.py", "needed > free:", "False:", "room for all", DOCTOR),
     Mutant("doctor.py", "torch.equal(before, _input", "bool(before is _input", "a probe", DOCTOR),
     Mutant(

@@ -271,6 +271,26 @@ print(entry("ab" * 32, make).reused)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for its memory")
+def test_what_killed_processes_have_left_goes_and_what_others_write_stays(folder: Path) -> None:
+    """Of any key, since the same one may never be asked for again."""
+    rows = folder / "rows"
+    dead, other = (rows / f".{letter * 64}.1.tmp" for letter in "ab")
+    code = "import fcntl, sys\nfile = open(sys.argv[1], 'wb')\n"
+    code += f"fcntl.lockf(file, fcntl.LOCK_EX, 1, {0xBBBBBBBB}); print(flush=True); input()"
+    for left in (dead, other):
+        left.mkdir(parents=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, rows / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        entry("c" * 64, lambda: iter([Chunk({"input_ids": [[1]]})]))
+        assert (dead.exists(), other.exists()) == (False, True)
+        writer.communicate(b"\n")
+    entry("d" * 64, lambda: iter([Chunk({"input_ids": [[1]]})]))
+    assert not other.exists()
+
+
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     """From 1,000 rows to 10,000, 10 MB of texts and 13 MB of ids, by a few bytes a row."""
     code = """

@@ -198,7 +198,7 @@ def test_a_label_of_the_validation_rows_alone_is_refused(tmp_path: Path) -> None
     train = written(tmp_path, "a.csv", "text,label\na,x\nb,y\n")
     other = written(tmp_path, "b.csv", "text,label\nc,z\n")
     said = refused(section(train, validation=other))
-    assert said.startswith("data.validation: b.csv line 2: label 'z' is not one of x, y; 1 rows")
+    assert said.startswith("data.validation: b.csv line 2: label 'z' is not one of x, y; 1 row has")
 
 
 def test_given_labels_keep_their_order(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from conftest import Answer
 
 from lorakit import checkpoint, run, run_folder
 from lorakit import recipe as recipes
+from lorakit.disk import write_text
 from lorakit.errors import FolderError
 
 Lorakit = Callable[..., Answer]
@@ -123,6 +124,42 @@ def test_a_disk_that_becomes_read_only_ends_in_a_message(
     assert len(whole_checkpoints(target)) == 3
     assert mount("remount,rw", small)
     assert lorakit("train", target, "--resume").code == 0
+
+
+def test_no_room_for_tokens_tells_how_to_keep_them_elsewhere(
+    small: Path, recipe: Path, lorakit: Lorakit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (small / "filler").write_bytes(bytes(150 * 1024))
+    monkeypatch.setenv("LORAKIT_CACHE", str(small))
+    answer = lorakit("train", recipe)
+    assert (answer.code, answer.out) == (2, "")
+    assert (
+        "No space left on device.\n  Tokens may be kept elsewhere: LORAKIT_CACHE=DIR" in answer.err
+    )
+    assert not Path("runs").exists()
+    assert leftovers(small) == []
+
+
+def test_a_result_that_could_not_be_written_is_refused_before_it_is_scored(
+    small: Path, recipe: Path, lorakit: Lorakit
+) -> None:
+    assert lorakit("train", recipe).code == 0
+    assert mount("remount,ro", small)
+    for options in (("eval", "--output-path"), ("predict", "a film", "--out")):
+        command, *rest = options
+        answer = lorakit(command, "runs/tiny", *rest, small / "out.csv")
+        assert (answer.code, answer.out) == (2, "")
+        assert (
+            answer.err
+            == f"error: {small}/out.csv cannot be made: no permission to write in "
+            + (f"{small}.\n")
+        )
+
+
+def test_a_small_file_that_cannot_be_written_is_told_by_its_own_name(small: Path) -> None:
+    assert mount("remount,ro", small)
+    with pytest.raises(FolderError, match=r"small/last cannot be written: Read-only"):
+        write_text(small / "last", "step-000002\n")
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["before a checkpoint", "before a row"])

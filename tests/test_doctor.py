@@ -185,6 +185,13 @@ def test_an_output_folder_where_nothing_can_be_written(tmp_path: Path) -> None:
     assert "no permission to write" in ended.stdout
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="/proc is Linux's")
+def test_an_output_folder_where_the_system_makes_none() -> None:
+    check = doctor._output(Path("/proc/run"))
+    assert (check.state, check.text[:26]) == ("fail", "/proc/run cannot be made: ")
+    assert ".lorakit-" not in check.text
+
+
 # what nothing may tell
 
 SECRETS = {

@@ -10,7 +10,7 @@ from lorakit import tasks
 from lorakit.data import DataSection
 from lorakit.errors import RecipeError
 from lorakit.tasks import TaskSection, glue
-from lorakit.yamltext import dump
+from lorakit.yamltext import dump, written
 
 LANGUAGE = ("causal-lm", "seq2seq")
 LABELLED = ("classification", "regression", "multi-label", "token-classification")
@@ -91,7 +91,7 @@ def test_a_setting_that_the_task_would_ignore_is_refused_and_no_other(
     if name in glue.TASKS and key.startswith("data."):
         assert f"data: {name} brings its own rows; `data` would be ignored." in fault
         return
-    assert f" {key}: {name} would ignore it; it is for " in fault
+    assert f" {key}: {written(value)}: {name} would ignore it; it is for " in fault
     for other in hearing:
         assert ("GLUE's tasks" if other in glue.TASKS else other) in fault
 
@@ -100,17 +100,18 @@ def test_all_that_is_ignored_is_told_at_once_each_at_its_line(tmp_path: Path) ->
     settings = given("regression", **{"data.labels": ["1", "2"], "data.separator": ";"})
     told = faults(tmp_path, settings)
     lines = (tmp_path / "recipe.yaml").read_text().splitlines()
-    for fault, key in zip(told, ("labels", "separator"), strict=True):
+    keys = {"labels": "['1', '2']", "separator": "';'"}
+    for fault, (key, value) in zip(told, keys.items(), strict=True):
         line = next(i for i, text in enumerate(lines, start=1) if f"{key}:" in text)
-        assert f"  line {line}: data.{key}: regression would ignore it" in fault
+        assert f"  line {line}: data.{key}: {value}: regression would ignore it" in fault
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "fault"),
     [
-        ("token-classification", {}, "data.text: expected one column, of lists of words."),
-        ("causal-lm", {}, "data.text: expected one column; several go into task.template."),
-        ("seq2seq", {}, "data.text: expected one column; several go into task.template."),
+        ("token-classification", {}, "data.text: [a, b]: expected one column, of lists of words."),
+        ("causal-lm", {}, "data.text: [a, b]: expected one column; several go into task.template."),
+        ("seq2seq", {}, "data.text: [a, b]: expected one column; several go into task.template."),
     ],
 )
 def test_a_pair_of_columns_is_refused_where_one_text_is_read(
@@ -125,22 +126,22 @@ def test_a_pair_of_columns_is_refused_where_one_text_is_read(
     [
         (
             {"task.template": "{a} {b}", "data.text": "a"},
-            "data.text: would be ignored; the prompt's columns are those of task.template.",
+            "data.text: 'a': would be ignored; the prompt's columns are those of task.template.",
         ),
         (
             {"task.format": "alpaca", "data.text": "a"},
-            "data.text: would be ignored; alpaca's columns are instruction, input and output.",
+            "data.text: 'a': would be ignored; alpaca's columns are instruction, input and output.",
         ),
         *(
             (
                 {"task.format": form, "data.label": "a"},
-                f"data.label: would be ignored; rows of {form} have no such column.",
+                f"data.label: 'a': would be ignored; rows of {form} have no such column.",
             )
             for form in ("alpaca", "chat", "text")
         ),
         (
             {"data.train": "rows.csv", "data.revision": "main"},
-            "data.revision: only a data set of the hub has revisions: hub:OWNER/NAME.",
+            "data.revision: 'main': only a data set of the hub has revisions: hub:OWNER/NAME.",
         ),
     ],
 )

@@ -146,6 +146,35 @@ def test_the_command_ends_as_a_shell_has_it(
     assert "error" not in answer.err
 
 
+@pytest.mark.parametrize(
+    ("command", "within"),
+    [
+        (("prune", TINY, "--out", "out"), "lorakit.export._reloaded"),
+        (("merge", TINY, "--out", "out"), "lorakit.merge._reloaded"),
+        (("predict", TINY, "a film", "--out", "out.csv"), "lorakit.predict.longer"),
+        (("eval", TINY, "--output-path", "out.json"), "lorakit.tasks.TextTask.score"),
+        (("train", "recipe.yaml", "output_dir=out"), "lorakit.data.encoding.longer"),
+    ],
+    ids=lambda given: given[0] if isinstance(given, tuple) else "",
+)
+def test_where_nothing_is_trained_a_signal_ends_the_command_and_nothing_is_half_written(
+    finished: Path,
+    lorakit: Lorakit,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[object, ...],
+    within: str,
+) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", "cache")  # nothing that is encoded already
+    before = {str(path) for path in Path().rglob("*")}
+    with monkeypatch.context() as patched:
+        patched.setattr(within, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        answer = lorakit(*command)
+    assert (answer.code, answer.out) == (130, "")
+    assert answer.err.endswith("interrupted; nothing is left half-written\n")
+    new = {str(path) for path in Path().rglob("*")} - before
+    assert not [path for path in new if not path.startswith("cache") or path.endswith(".tmp")]
+
+
 # numbers
 
 
@@ -226,20 +255,46 @@ def test_what_a_killed_process_left_is_swept_away_and_what_a_living_one_writes_i
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "pruned"}
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="Linux tells what is synced")
-def test_a_small_file_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced, sync = [], os.fsync
-    path = tmp_path / "last"
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, set[str]]]:
+    """What is synced from now on, in order, each with the names that are beside it by then."""
+    found, sync = [], os.fsync
 
     def told(handle: int) -> None:
-        synced.append((Path(os.readlink(f"/proc/self/fd/{handle}")), path.exists()))
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        found.append((path, {each.name for each in path.parent.iterdir()}))
         sync(handle)
 
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("Linux tells what is synced")
     monkeypatch.setattr(os, "fsync", told)
-    write_text(path, "step-000002\n")
-    assert synced == [(tmp_path / f".last.{os.getpid()}.tmp", False), (tmp_path, True)]
+    return found
+
+
+def test_a_small_file_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(
+    tmp_path: Path, synced: list[tuple[Path, set[str]]]
+) -> None:
+    write_text(tmp_path / "last", "step-000002\n")
+    (file, beside), (folder, _) = synced
+    assert (file, folder) == (tmp_path / f".last.{os.getpid()}.tmp", tmp_path)
+    assert "last" not in beside
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_its_rows_of_metrics_too(
+    recipe: Path, lorakit: Lorakit, synced: list[tuple[Path, set[str]]]
+) -> None:
+    answer = lorakit("train", recipe, "train.save_every=null", "train.eval_every=null")
+    assert answer.code == 0, answer.err
+    folder = find(TINY, "last").absolute()
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    paths = [path for path, _ in synced]
+    at = paths.index(temporary)
+    assert {path.name for path in paths[:at] if path.parent == temporary} == {
+        path.name for path in folder.iterdir()
+    }
+    assert paths.index(TINY.absolute() / "metrics.jsonl") < at
+    assert folder.name not in synced[at][1]
+    assert paths[at + 1] == folder.parent
 
 
 # not as it was written

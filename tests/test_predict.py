@@ -126,6 +126,28 @@ def test_what_was_left_out_or_cut_is_counted(run: Path, lorakit: Lorakit) -> Non
     assert "· 1 of 2 inputs are empty" in lorakit("predict", run, "a film", "").err
 
 
+def test_a_file_without_a_text_is_told(run: Path, lorakit: Lorakit, tmp_path: Path) -> None:
+    for name, text in (("in.csv", "text,label\n"), ("in.txt", "")):
+        (tmp_path / name).write_text(text)
+        answer = lorakit("predict", run, "--file", tmp_path / name)
+        assert (answer.code, answer.out) == (0, "")
+        assert "there was no text to answer" in answer.err
+
+
+def test_a_length_that_the_model_or_the_tokenizer_has_no_room_for_is_refused(
+    run: Path, lorakit: Lorakit
+) -> None:
+    assert "--max-length: 2: expected 3 to 512" in refused(lorakit, run, "a", "--max-length", 2)
+    assert "--max-length: 513: expected 3 to" in refused(lorakit, run, "a", "--max-length", 513)
+    (row,) = predicted(lorakit, run, "film " * 700, "--max-length", 512)
+    assert row["prediction"] in ("bad", "good")
+
+
+def test_what_a_model_that_labels_would_not_hear_is_refused(run: Path, lorakit: Lorakit) -> None:
+    for option in (("--format", "chat"), ("--max-new-tokens", 4)):
+        assert f"{option[0]}: goes with models that write" in refused(lorakit, run, "a", *option)
+
+
 def test_a_person_sees_a_table(run: Path, lorakit: Lorakit) -> None:
     lines = lorakit("predict", run, "a warm film").out.splitlines()
     assert lines[0].split() == ["text", "prediction", "probability"]
@@ -164,7 +186,7 @@ def test_a_table_keeps_its_columns_and_gets_the_answers_beside_them(
 def test_lines_come_from_a_text_file_or_standard_input(
     run: Path, lorakit: Lorakit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "in.txt").write_text("a warm film\n\nbleak\n")
+    (tmp_path / "in.txt").write_bytes(b"\xef\xbb\xbfa warm film\r\n\nbleak\n")
     from_file = told(lorakit, "predict", run, "--file", tmp_path / "in.txt")
     assert [row["text"] for row in from_file["predictions"]] == ["a warm film", "bleak"]
     assert from_file["notes"] == ["1 of 3 inputs are empty and were left out"]
@@ -172,7 +194,7 @@ def test_lines_come_from_a_text_file_or_standard_input(
     (row,) = predicted(lorakit, run, "--file", tmp_path / "tab.txt")
     assert row["text"] == "a warm\tfilm", "this model knows no pairs"
     for arguments in (("-",), ("--file", "-")):
-        monkeypatch.setattr("sys.stdin", io.StringIO("a warm film\n\nbleak\n"))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a warm film\n\nbleak\n")))
         assert told(lorakit, "predict", run, *arguments) == from_file
 
 
@@ -199,7 +221,7 @@ def test_what_cannot_be_read_or_written_is_told(
         ("--file", tmp_path / "in.csv"): "no column 'text'. Nearest: 'txt'. Columns: txt, ",
         ("--file", tmp_path / "in.csv", "--column", "tx"): "no column 'tx'. Nearest: 'txt'",
         ("--file", tmp_path / "in.csv", "--column", "txt"): "a column 'prediction' already",
-        ("--file", tmp_path / "bad.txt"): "bad.txt: not UTF-8 text after line",
+        ("--file", tmp_path / "bad.txt"): "bad.txt line 2: byte 0 is not UTF-8",
         ("--file", tmp_path / "no.csv"): "there is no such file",
         ("a", "--out", "out.xml"): "expected a name that ends in .jsonl, .csv, .tsv",
         ("a", "--out", tmp_path / "no" / "out.csv"): "there is no folder",
@@ -307,6 +329,8 @@ def test_a_language_model_goes_on_as_peft_s_does(lorakit: Lorakit, tmp_path: Pat
         answer = words.decode(written[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
         assert (row["text"], row["prediction"]) == (text, answer)
     assert "expected text, prompt, alpaca or chat" in refused(lorakit, lora, "1", "--format", "x")
+    message = refused(lorakit, lora, "1", "--max-length", 8)
+    assert "--max-length: goes with models that label" in message
     (tmp_path / "in.csv").write_text("about,of\na,b\n")  # no recipe tells of columns
     message = refused(lorakit, lora, "--file", tmp_path / "in.csv")
     assert "none is called like a text (text, sentence, review, content, …); name it: --column" in (

@@ -40,6 +40,22 @@ def test_two_processes_learn_bits_and_ranks_as_one_does(
     same(Path("runs/two"), Path("runs/one"))
 
 
+def test_ranges_of_activations_are_set_by_the_rows_of_both_processes(
+    recipe: Path, lorakit: Callable[..., Any]
+) -> None:
+    """At the end of the warm-up, which is one step here; each has seen half of its rows."""
+    settings = ("adapter.variant=blora", "adapter.quantize={activations: true}", "train.steps=3")
+    steps = (*settings, "model.dropout=0.0", "train.save_every=1")
+    one = lorakit("train", recipe, *steps, "train.batch_size=16", "output_dir=runs/one")
+    assert one.code == 0, one.err
+    in_two_processes("train", recipe, *steps, "train.batch_size=8", "output_dir=runs/two")
+    file = "checkpoints/step-000001/adapter.safetensors"
+    found = [load_file(Path("runs", name, file)) for name in ("two", "one")]
+    for name, ranges in found[0].items():
+        if name.endswith("log_ranges"):
+            assert_close(ranges, found[1][name], rtol=1e-4, atol=1e-5)
+
+
 def test_compaction_is_refused_in_two_processes_before_anything_is_written(recipe: Path) -> None:
     sora = ("adapter.variant=sora", "adapter.sparsity={xi: 0.05, compact: true}")
     done = in_two_processes("train", recipe, *sora, code=2)

@@ -239,6 +239,32 @@ def test_no_message_shows_a_regular_expression(faults: Callable[[str], list[str]
     )
 
 
+def test_what_is_left_out_and_cannot_be_is_told_by_its_own_name_beside_all_else(
+    faults: Callable[[str], list[str]],
+) -> None:
+    """Not by its section's, behind which there would be room for one fault alone."""
+    lacking = "{variant: blora, gates: {lambda_bits: null, lambda_ranks: null, range_lr: 0}}"
+    assert faults(with_adapter(lacking))[1:] == [
+        "line 3: adapter.gates.keep: give `lambda_ranks` or `keep`, one of them.",
+        "line 3: adapter.gates.bits: give `lambda_bits` or `bits`, one of them.",
+        "line 3: adapter.gates.range_lr: 0: expected a number above 0.",
+    ]
+
+
+def test_a_contradiction_across_sections_is_told_where_its_key_is(
+    faults: Callable[[str], list[str]],
+) -> None:
+    text = with_adapter("{variant: adalora, rank: 4, budget: {target: 6}}")
+    assert one(faults(text)) == (
+        "line 3: adapter.budget.target: 6.0: expected less than the start rank, 4: else there is "
+        "nothing to prune."
+    )
+    more = "{variant: blora, gates: {bits: 4}, quantize: {weights: true, activations: true}}"
+    _, *told = faults(with_adapter(more))
+    for fault, key in zip(told, ("weights", "activations"), strict=True):
+        assert fault.startswith(f"line 3: adapter.quantize.{key}: true: `gates.bits` counts the")
+
+
 @pytest.mark.parametrize("value", ["2024", "2024-01-01", "true", "1e-3"])
 def test_a_word_that_yaml_takes_for_something_else_must_be_quoted(
     faults: Callable[[str], list[str]], write: Callable[[str], Path], value: str
@@ -267,49 +293,51 @@ def test_an_empty_output_dir_is_refused(faults: Callable[[str], list[str]]) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (OWN, "recipe: task.name classification needs a `data` section with its files."),
+        (OWN, "data: task.name classification needs a `data` section with its files."),
         (
             PLAIN + "data: {train: x.csv}",
             "line 5: data: glue/sst2 brings its own rows; `data` would be ignored.",
         ),
         (
             PLAIN + "train: {epochs: 1, steps: 2}",
-            "line 5: train.steps: give `epochs` or `steps`, one of them; train.steps=N takes "
+            "line 5: train.steps: 2: give `epochs` or `steps`, one of them; train.steps=N takes "
             "'~train.epochs' beside it where the recipe names epochs.",
         ),
         (
             PLAIN + "train: {epochs: null}",
-            "line 5: train: give `epochs` or `steps`, one of them; train.steps=N takes "
+            "line 5: train.steps: give `epochs` or `steps`, one of them; train.steps=N takes "
             "'~train.epochs' beside it where the recipe names epochs.",
         ),
         (
             PLAIN + "train: {keep_best: 2}",
-            "line 5: train.keep_best: without train.keep_last all checkpoints are kept; give both.",
+            "line 5: train.keep_best: 2: without train.keep_last all checkpoints are kept; give "
+            "both.",
         ),
         (
             PLAIN + "train: {keep_last: 1, keep_best: 2, eval_every: null}",
-            "line 5: train.keep_best: train.eval_every: null scores the last step alone; nothing "
-            "to rank.",
+            "line 5: train.keep_best: 2: train.eval_every: null scores the last step alone; "
+            "nothing to rank.",
         ),
         (
             with_adapter("{variant: sora, sparsity: {lambda: 1, xi: 0.1}}"),
-            "line 3: adapter.sparsity.xi: give `lambda` or `xi`, one of them.",
+            "line 3: adapter.sparsity.xi: 0.1: give `lambda` or `xi`, one of them.",
         ),
         (
             with_adapter("{variant: sora, sparsity: {schedule: exp-linear}}"),
-            "line 3: adapter.sparsity: exp-linear grows by a ratio, so `start` must be above 0.",
+            "line 3: adapter.sparsity.start: exp-linear grows by a ratio, so `start` must be above "
+            "0.",
         ),
         (
             with_adapter("{variant: sora, sparsity: {schedule: linear, start: 3.0}}"),
-            "line 3: adapter.sparsity.start: start (3) is above the end (2).",
+            "line 3: adapter.sparsity.start: 3.0: expected at most the end, 2.",
         ),
         (
             OWN + "data: {train: x.csv, labels: [good]}",
-            "line 5: data.labels: expected two labels or more, none of them twice.",
+            "line 5: data.labels: [good]: expected two labels or more, none of them twice.",
         ),
         (
             OWN + "data: {train: x.csv, labels: [good, good]}",
-            "line 5: data.labels: expected two labels or more, none of them twice.",
+            "line 5: data.labels: [good, good]: expected two labels or more, none of them twice.",
         ),
     ],
 )

@@ -101,6 +101,9 @@ SITUATIONS = {
     "to targets of ranks and bits": Situation(
         at(14), {"gates": {"keep": 0.75, "bits": 30.0}}, LONG
     ),
+    "answers apart, all of it just rewritten": Situation(
+        at(8), {"sparsity": {"keep": 0.5}}, {**LONG, "save_every": 4}, {**ANSWERS, "task": WRITING}
+    ),
     "as SoRA's authors' code": Situation(at(3), {"sparsity": REFERENCE}),
     "by Adam's scale": Situation(at(3), {"sparsity": {"metric": "adam", "lambda": 1e-4}}),
     "answers apart": Situation(at(3), {"variant": "lora"}, {}, {**ANSWERS, "task": WRITING}),
@@ -346,6 +349,55 @@ def test_a_state_that_lacks_a_part_is_refused(train: Train, lorakit: Lorakit, pa
     answer = lorakit("train", RUN, "--resume")
     assert (answer.code, answer.out) == (2, "")
     assert f"{path} does not fit this run" in answer.err
+
+
+QUERY = "optimizer/bert.encoder.layer.0.attention.self.query.A"
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "says"),
+    [
+        ("exp_avg", None, "query.A: no exp_avg"),
+        ("step", None, "query.A: no step"),
+        ("exp_avg_sq", torch.zeros(2, 2), "query.A: exp_avg_sq is (2, 2), the parameter (4, 16)"),
+        ("", None, "query.A: none"),
+        ("x.exp_avg", torch.zeros(2, 2), "query.A.x: not trained"),
+    ],
+)
+def test_moments_that_a_state_lacks_are_named(
+    train: Train, lorakit: Lorakit, key: str, given: Tensor | None, says: str
+) -> None:
+    path = cut(train(PLAIN, "lora"), 6) / "state.safetensors"
+    known = load_file(path)
+    left = {k: t for k, t in known.items() if not k.startswith(f"{QUERY}.{key}".rstrip("."))}
+    changed = {**known, f"{QUERY}.{key}": given} if given is not None else left
+    assert changed.keys() != known.keys() or given is not None
+    save_file(changed, path)
+    reseal(path.parent)
+    answer = lorakit("train", RUN, "--resume")
+    assert (answer.code, answer.out) == (2, "")
+    assert f"{path} does not fit this run: moments of the optimizer: 1 fault" in answer.err
+    assert says in answer.err
+
+
+def test_a_run_whose_first_step_was_left_out_goes_on_without_moments(
+    recipe: Path, lorakit: Lorakit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward, calls = Engine.backward, count(1)
+
+    def wild(self: Engine, loss: Tensor) -> None:
+        first = next(calls) == 1
+        backward(self, loss * float("nan") if first else loss)
+        if first:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "backward", wild)
+        assert lorakit("train", recipe, "train.non_finite=skip").code == 143
+    state = load_file(RUN / "checkpoints" / "step-000001" / "state.safetensors")
+    assert not any(key.startswith("optimizer/") for key in state)
+    answer = lorakit("train", RUN, "--resume")
+    assert answer.code == 0, answer.err
 
 
 @pytest.mark.parametrize("name", [*(f"{part}.safetensors" for part in TENSORS), "recipe.yaml"])

@@ -31,6 +31,8 @@ app.command()(machine.env)
 app.command()(recipes.schema)
 app.add_typer(recipes.app, name="recipes")
 
+INTERRUPTED = 130
+"""What typer makes of KeyboardInterrupt."""
 FORBIDDEN_OR_FULL = (EACCES, EPERM, EROFS, ENOSPC, EDQUOT)
 """What a disk may answer anywhere, whatever was looked at before."""
 
@@ -54,12 +56,17 @@ def root(
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line. A user's error is one message and exit code 2.
 
-    A run that a signal has stopped ends as a shell has it: 130 for SIGINT, 143 for SIGTERM.
+    A run that a signal has stopped ends as a shell has it: 130 for SIGINT, 143 for SIGTERM. Where
+    Ctrl-C finds no run to save, it is said that nothing is half-written.
     """
     from lorakit.errors import LorakitError, Stopped
 
     try:
         app(arguments)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            typer.echo("interrupted; nothing is left half-written", err=True)
+        raise
     except Stopped as told:
         typer.echo(str(told), err=True)
         raise SystemExit(told.exit_code) from None

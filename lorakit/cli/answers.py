@@ -154,8 +154,9 @@ def predict(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Of a text that the model writes.")
-    ] = 128,
+        int | None,
+        typer.Option(min=1, metavar="N", help="Of a text that the model writes. Default: 128."),
+    ] = None,
     form: Annotated[
         str | None,
         typer.Option(
@@ -166,7 +167,9 @@ def predict(
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Tokens of a text. Default: as in training."),
+        typer.Option(
+            min=1, metavar="N", help="Tokens of a text to label. Default: as in training."
+        ),
     ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, metavar="N", help="Texts in one forward pass.")

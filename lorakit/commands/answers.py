@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 
 from lorakit import display, harness, progress, sheets, submission, tasks
 from lorakit.commands.opening import Source, opened
-from lorakit.disk import write_text
+from lorakit.disk import refuse_locked, write_text
 from lorakit.display import print_json, size
 from lorakit.errors import FolderError, LorakitError, one_of
 from lorakit.evaluate import Scored, Wanted, each, names_in, outputs, score, task_name
@@ -34,8 +34,8 @@ def evaluate(
 ) -> None:
     """`lorakit eval`."""
     one_of("--precision", precision, get_args(Precision))
-    if output_path is not None and (output_path.is_dir() or not output_path.parent.is_dir()):
-        raise FolderError(f"--output-path: {output_path}: expected a file in a folder that exists.")
+    if output_path is not None:
+        _refuse_no_file(output_path)
     watch = progress.Watch(Console(stderr=True), quiet=as_json)
     asked = _asked(wanted, predictions)
     found = opened(source, watch, cast(Precision, precision))
@@ -51,6 +51,13 @@ def evaluate(
         print_json(result)
     else:
         Console(highlight=False, markup=False).print(shown)
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Raises FolderError, before anything is scored, where the result could not be written."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise FolderError(f"--output-path: {path}: expected a file in a folder that exists.")
+    refuse_locked(path)
 
 
 def _asked(wanted: Wanted, predictions: Path | None) -> harness.Asked | None:
@@ -111,7 +118,7 @@ def _refuse_unheard(wanted: Wanted, predictions: Path | None, elsewhere: bool) -
     ours = {"data-dir": wanted.data_dir, "predictions": predictions, "split": split}
     unheard, whose = (ours, "GLUE") if elsewhere else (theirs, "the harness")
     if given := [f"--{name}" for name, value in unheard.items() if value is not None]:
-        raise LorakitError(f"{', '.join(given)}: goes with tasks of {whose}; got {wanted.task}.")
+        raise LorakitError(f"{', '.join(given)}: goes with tasks of {whose}, by --task.")
 
 
 def _submitted(found: Trained, wanted: Sequence[Wanted], folder: Path) -> list[Submitted]:

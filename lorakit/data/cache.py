@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, overload
+from typing import Any, BinaryIO, NamedTuple, overload
 from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.disk import cache_root, digest, whole_folder
+from lorakit.errors import FolderError
 
 HEADER, LENGTHS, FORMAT = "header.json", "lengths.npy", 1
 NUMBER = np.dtype("<i4")
@@ -95,8 +96,13 @@ def entry(key: str | None, make: Callable[[], Iterator[Chunk]]) -> Entry:
         if _is_whole(folder):
             return _open(folder, reused=True)
         shutil.rmtree(folder, ignore_errors=True)
-        with whole_folder(folder) as temporary:
-            _write(temporary, make())
+        try:
+            with whole_folder(folder) as temporary:
+                _write(temporary, make())
+        except FolderError as error:
+            raise FolderError(
+                f"{error}\n  Tokens may be kept elsewhere: LORAKIT_CACHE=DIR."
+            ) from None
         return _open(folder, reused=False)
 
 
@@ -146,6 +152,22 @@ def _alone(folder: Path) -> Iterator[None]:
     """Waits until no other process is at work on `folder`: a lock on one byte of a shared file."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / ".lock").open("wb") as file:
+        _sweep(folder.parent, file)
         with suppress(OSError):  # a file system without locks: then two do the same work
-            fcntl.lockf(file, fcntl.LOCK_EX, 1, int(folder.name[:8], 16))
+            fcntl.lockf(file, fcntl.LOCK_EX, 1, _byte(folder.name))
         yield
+
+
+def _sweep(rows: Path, file: BinaryIO) -> None:
+    """Removes what processes that were killed have left of any key: its lock is nobody's."""
+    for left in rows.glob(".*.tmp"):
+        place = 1, _byte(left.name.removeprefix("."))
+        with suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *place)
+            shutil.rmtree(left, ignore_errors=True)
+            fcntl.lockf(file, fcntl.LOCK_UN, *place)
+
+
+def _byte(key: str) -> int:
+    """The byte of the shared file whose lock a key has."""
+    return int(key[:8], 16)

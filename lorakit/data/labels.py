@@ -89,9 +89,11 @@ def check_labels(rows: Rows, labels: Sequence[str], where: str, several: bool = 
     counts = Counter(rows.labels)
     if unknown := sorted(set(counts) - set(labels)):
         first = next(i for i, label in enumerate(rows.labels) if label == unknown[0])
+        count = sum(counts[u] for u in unknown)
+        such = "1 row has" if count == 1 else f"{count:,} rows have"
         raise DataError(
             f"{where}: {rows.places[first]}: label {unknown[0]!r} is not one of "
-            f"{', '.join(labels)}; {sum(counts[u] for u in unknown):,} rows have such a label."
+            f"{', '.join(labels)}; {such} such a label."
         )
     if several and len(counts) == 1:
         raise DataError(

@@ -50,7 +50,7 @@ from lorakit.adapter import (
 from lorakit.base import device_of
 from lorakit.errors import LorakitError, RecipeError, several
 from lorakit.linalg import product_svd
-from lorakit.schema import Section
+from lorakit.schema import Section, refuse_below
 
 Phase = Annotated[float, Field(ge=0.0, lt=1.0)] | PositiveInt
 """A share of the run's steps, or a number of steps."""
@@ -81,7 +81,10 @@ class Budget(Section):
     def _room_between(cls, final: float, others: Info) -> float:
         warmup = others.data.get("warmup")
         if isinstance(warmup, float) and isinstance(final, float) and warmup + final >= 1:
-            raise ValueError(f"warmup ({warmup:g}) and final ({final:g}) leave nothing between")
+            raise ValueError(
+                f"warmup ({warmup:g}) and final ({final:g}) leave nothing between; together they "
+                "are expected to be below 1"
+            )
         return final
 
 
@@ -99,9 +102,8 @@ class AdaLoRAConfig(VariantConfig):
         own = any(others.data.get(key) for key in ("ranks", "init_from", "ranks_from"))
         rank, target = others.data.get("rank"), budget.target
         if not own and rank is not None and target is not None and target >= rank:
-            raise ValueError(
-                f"target ({target:g}) is not below the start rank ({rank}): nothing to prune"
-            )
+            why = f"expected less than the start rank, {rank}: else there is nothing to prune"
+            refuse_below({"target": why}, budget)
         return budget
 
 

@@ -54,6 +54,7 @@ from lorakit.chains import Closing, Tally, stacked
 from lorakit.codes import BITS, CodedPair, Grid, Grids, coded_base, coded_update, gridded
 from lorakit.errors import RecipeError
 from lorakit.gates import Gates, Quantize, closed, unmoved
+from lorakit.schema import refuse_below
 
 INNER = ("A", "E", "B")
 ACTIVATIONS = ("base", "down", "inner", "up", "total")  # as in codes.Grids
@@ -77,11 +78,13 @@ class BLoRAConfig(VariantConfig):
     @classmethod
     def _what_bits_count(cls, quantize: Quantize, others: ValidationInfo) -> Quantize:
         bits = getattr(others.data.get("gates"), "bits", None)
-        if bits is not None and (quantize.weights or quantize.activations):
-            raise ValueError(
-                "`gates.bits` counts the adapter's numbers alone; with more to quantise give "
-                "`gates.lambda_bits`"
-            )
+        why = (
+            "`gates.bits` counts the adapter's numbers alone; with more to quantise give "
+            "`gates.lambda_bits`"
+        )
+        if bits is not None:
+            more = [key for key in ("weights", "activations") if getattr(quantize, key)]
+            refuse_below(dict.fromkeys(more, why), quantize)
         return quantize
 
 
@@ -295,20 +298,33 @@ class BayesianGates(Controller[BLoRALinear, BLoRAConfig]):
         """The last step of the dense phase."""
         self.gated = max(self.dense, steps - round(gates.freeze * steps))
         """The last step at which gates move."""
-        way, phase = gates.gate_init - quantizer.THRESHOLD, self.gated - self.dense
-        if gates.gate_lr is None:
-            for layer in layers.values():
-                layer.gate_lr = MATCH * way / max(1, phase)
-        elif gates.gate_lr * phase < way:
-            raise RecipeError(
-                f"adapter.gates.gate_lr: {gates.gate_lr:g}: no gate can close. In the "
-                f"{phase} steps of their phase gates move by {gates.gate_lr * phase:.2g}, and it "
-                f"takes {way:.2f} from gate_init. Give null, {MATCH * way / max(1, phase):.1g}, or "
-                "a longer run."
-            )
+        self._match_rates(gates.gate_init - quantizer.THRESHOLD, self.gated - self.dense)
         self.closings = self._closings()
         self.opened = self._opened()
         self.step = self.moved = 0  # now, and the last step at which a gate opened or closed
+
+    def _match_rates(self, way: float, phase: int) -> None:
+        """Sets the gates' rate by the steps there are for them to go their `way` to the threshold.
+
+        Raises:
+            RecipeError: no gate can go so far, or no step is left to them.
+
+        """
+        if phase == 0:
+            raise RecipeError(
+                f"adapter.gates: warmup is {self.dense:,} of the run's {self.steps:,} steps, and "
+                "none is left to the gates; train longer, or take less of warmup and freeze."
+            )
+        given, matched = self.config.gates.gate_lr, MATCH * way / phase
+        if given is None:
+            for layer in self.layers.values():
+                layer.gate_lr = matched
+        elif given * phase < way:
+            raise RecipeError(
+                f"adapter.gates.gate_lr: {given:g}: no gate can close. In the {phase:,} steps of "
+                f"their phase gates move by {given * phase:.2g}, and it takes {way:.2f} from "
+                f"gate_init. Give null, {matched:.1g}, or a longer run."
+            )
 
     def _closings(self) -> dict[str, Closing]:
         """The way to every target there is."""

@@ -286,6 +286,9 @@ class GatesToTarget(ProximalGates):
         """The target is met: no gate will die any more."""
         return self.met > 0
 
+    def rewrote(self) -> bool:
+        return self.sparsity.basis == "principal" and self.step == self.target.first
+
     def _cost(self, layer: SoRALinear) -> Tensor:
         """Of one rank, in the unit of the target."""
         cost = 1 if self.sparsity.of == "ranks" else layer.n + layer.m

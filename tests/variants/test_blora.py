@@ -217,9 +217,9 @@ def test_the_mask_has_the_gradient_of_the_product_it_rounds() -> None:
 
 def test_before_the_warm_up_ends_nothing_is_quantised_and_no_gate_or_range_moves() -> None:
     settings = section(steps=10)
-    trainee = pupil(config(warmup=1 - 1e-9, freeze=0.0), settings)
+    trainee = pupil(config(warmup=0.9, freeze=0.0), settings)
     start = {n: p.detach().clone() for n, p in trainee.layers["up"].named_parameters()}
-    taught(trainee, section(steps=9), planted())
+    taught(trainee, section(steps=8), planted())
     layer = trainee.layers["up"]
     for name in ("bit_logits", "rank_logits", "log_ranges"):
         assert torch.equal(getattr(layer, name), start[name])
@@ -345,6 +345,15 @@ def test_by_default_a_gate_that_nothing_holds_closes_early_whatever_the_runs_len
 def test_a_rate_at_which_no_gate_can_close_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"adapter\.gates\.gate_lr: 0\.001: no gate can close"):
         BayesianGates(injected(net(), config(gate_lr=1e-3)), config(gate_lr=1e-3), steps=100)
+
+
+@pytest.mark.parametrize(("steps", "gates"), [(1, {}), (10, {"warmup": 0.98, "freeze": 0.0})])
+def test_a_run_that_leaves_no_step_to_the_gates_is_refused(
+    steps: int, gates: dict[str, float]
+) -> None:
+    given = config(**gates)
+    with pytest.raises(RecipeError, match=rf"warmup is {steps} of the run's {steps} steps"):
+        BayesianGates(injected(net(), given), given, steps)
 
 
 def test_more_lambda_leaves_fewer_bits_and_ranks() -> None:

@@ -115,23 +115,36 @@ def test_pruning_keeps_the_scale_of_the_start() -> None:
     assert_close(B[:, 0], 8.0 / 4 * layer.B[:, 0])
 
 
-@pytest.mark.parametrize(("rank", "numbers"), [(1, 165_888), (8, 1_327_104), (16, 2_654_208)])
-def test_all_six_linears_of_deberta_v3_base_have_as_many_numbers_as_the_authors_count(
-    rank: int, numbers: int
+SIX = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
+"""(n, m) of the linears in a block of DeBERTaV3-base: query, key, value and three more."""
+
+
+@pytest.mark.parametrize(
+    ("shapes", "numbers"),
+    [
+        (SIX, {1: 165_888, 2: 331_776, 4: 663_552, 8: 1_327_104, 16: 2_654_208, 32: 5_308_416}),
+        (SIX[:3], {8: 442_368}),
+        (SIX[:2], {8: 294_912, 16: 589_824}),
+    ],
+)
+def test_the_linears_of_deberta_v3_base_have_as_many_numbers_as_the_authors_count(
+    shapes: list[tuple[int, int]], numbers: dict[int, int]
 ) -> None:
-    """12 blocks, 768 wide, 3,072 within; gates are folded in, and not counted."""
-    given = SoRAConfig(variant="sora", rank=rank)
-    shapes = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
-    pairs = [SoRALinear(nn.Linear(n, m), given, Plan(rank, 1.0)).factors() for n, m in shapes]
-    assert 12 * sum(pair.parameters for pair in pairs) == numbers
+    """12 blocks; gates are folded in, and not counted."""
+    for rank, count in numbers.items():
+        given = SoRAConfig(variant="sora", rank=rank)
+        pairs = [SoRALinear(nn.Linear(n, m), given, Plan(rank, 1.0)).factors() for n, m in shapes]
+        assert 12 * sum(pair.parameters for pair in pairs) == count
 
 
-def test_a_dead_rank_counts_the_widths_of_its_own_layer() -> None:
+@pytest.mark.parametrize(("m", "square"), [(768, True), (3072, False)])
+def test_a_dead_rank_counts_the_widths_of_its_own_layer(m: int, square: bool) -> None:
     """The authors take twice the hidden size for each, which is right for squares alone."""
-    layer = SoRALinear(nn.Linear(768, 3072), config(), Plan(4, 1.0))
+    layer = SoRALinear(nn.Linear(768, m), config(), Plan(4, 1.0))
     layer.g.data = torch.tensor([1.0, 0.0, 0.0, 2.0])
-    assert layer.factors().parameters == 2 * (768 + 3072)
-    assert layer.factors().parameters != 4 * (768 + 3072) - 2 * 2 * 768
+    assert layer.factors().parameters == 2 * (768 + m)
+    theirs = 4 * (768 + m) - 2 * 2 * 768
+    assert (layer.factors().parameters == theirs) is square
 
 
 def test_turning_a_gate_and_its_column_round_changes_nothing() -> None:
@@ -161,6 +174,11 @@ def test_gates_start_at_one_or_normal() -> None:
     drawn = injected(net(), config(gate_init="normal"))["up"].g
     assert drawn.unique().numel() == 4
     assert not torch.equal(drawn, torch.ones(4))
+
+
+def test_whatever_the_gates_are_a_fresh_adapter_is_its_base() -> None:
+    layer, x = injected(net(), config(gate_init="normal"))["up"], torch.randn(3, 16)
+    assert torch.equal(layer(x), layer.base(x))
 
 
 # the step
@@ -230,6 +248,18 @@ def test_under_adam_a_steady_gradient_moves_a_gate_by_its_rate_however_weak_it_i
         assert_close(gate.data, torch.tensor([0.99]), atol=1e-4, rtol=0)
 
 
+def test_under_plain_gradient_descent_lambda_is_the_objectives() -> None:
+    """sum a (g - c)^2 / 2 + lambda |g|_1 has its minimum at T_{lambda / a}(c); and it is found."""
+    a, c = torch.tensor([0.5, 1.0, 4.0, 4.0]), torch.tensor([0.9, -2.0, 0.2, -1.5])
+    given = config(**{"lambda": 1.0})
+    layers = injected(net(), given)
+    controller, g = ProximalGates({"up": layers["up"]}, given, 200), layers["up"].g
+    for step in range(1, 201):
+        g.data -= 0.1 * a * (g.data - c)
+        controller.after_step(at(step, rate=0.1))
+    assert_close(g.data, soft_threshold(c, 1.0 / a))
+
+
 def test_gates_have_their_own_rate_and_no_weight_decay() -> None:
     model = net()
     layers = injected(model, config(gate_lr=3e-2))
@@ -282,6 +312,17 @@ def test_the_authors_list_for_rte_is_the_linear_schedule_of_seven_xi() -> None:
     assert got == pytest.approx(
         [0, 1.1667e-4, 2.3333e-4, 3.5e-4, 4.6667e-4, 5.8333e-4, 7e-4], rel=1e-4
     )
+
+
+def test_a_list_is_a_schedule_of_its_own() -> None:
+    """Algorithm 1's list of xi: what comes before the end."""
+    given = config(xi=0.2, schedule=(0.0, 0.05))
+    assert given.sparsity.values() == [0.0, 0.05, 0.2]
+    assert lost(given, 9) == [0.0] * 3 + [0.05] * 3 + [0.2] * 3
+    assert lost(config(xi=0.2, schedule=(0.05,), dense=0.5), 8) == pytest.approx(
+        [0.0] * 4 + [0.05] * 2 + [0.2] * 2
+    )
+    assert config(xi=0.2, schedule=()).sparsity.values() == [0.2]
 
 
 def test_a_large_log_linear_schedule_does_not_overflow() -> None:
@@ -401,8 +442,14 @@ def test_more_stages_than_steps_are_refused() -> None:
         ({"compact": True, "revive": True}, "its own row"),
         ({"gate_lr": 0.0}, "greater than 0"),
         ({"schedule": "exp-linear"}, "above 0"),
-        ({"schedule": "linear", "start": 3.0}, "above the end"),
+        ({"schedule": "linear", "start": 3.0}, "at most the end, 2"),
         ({"schedule": "linear", "levels": 1}, "at least 2"),
+        ({"xi": 0.1, "schedule": (0.0, 0.2)}, "none above the end, 0.1"),
+        ({"xi": 0.1, "schedule": (0.05, 0.0)}, "numbers that grow"),
+        ({"schedule": (0.5, 1.0), "levels": 3}, "lists the values itself"),
+        ({"schedule": (0.5, 1.0), "start": 0.5}, "lists the values itself"),
+        ({"keep": 0.3, "schedule": (0.5,)}, "plans the run itself"),
+        ({"xi": 0.1, "schedule": (), "retrain": False}, "takes stages"),
         ({"lambda": -1.0}, "greater than or equal to 0"),
     ],
 )

@@ -1,5 +1,6 @@
 """Dead ranks of SoRA: held at 0 or free to return, masked or taken out of the layers."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,15 +77,18 @@ def test_without_revival_dead_gates_have_no_part_in_the_clipped_norm() -> None:
 # compaction
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_compacted_or_masked_a_run_is_the_same(weight_decay: float) -> None:
-    """Losses of 400 steps to 1e-5 of their size, while layers shrink in their middle."""
+@pytest.mark.parametrize(("weight_decay", "dropout"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
+def test_compacted_or_masked_a_run_is_the_same(weight_decay: float, dropout: float) -> None:
+    """Losses of 400 steps to 1e-5 of their size, while layers shrink in their middle.
+
+    With dropout too: what is drawn is as wide as the input, whatever the rank has become.
+    """
     settings = section(steps=400, lr=3e-3, clip=0.1, weight_decay=weight_decay)
     seen, ranks, rows = {}, {}, {}
     for compact in (False, True):
         torch.manual_seed(0)
         given = config(xi=6e-3, gate_init="normal", revive=False, compact=compact)
-        trainee = pupil(given, settings)
+        trainee = pupil(given.model_copy(update={"dropout": dropout}), settings)
         seen[compact] = losses(trainee, settings)
         ranks[compact] = {name: layer.rank() for name, layer in trainee.layers.items()}
         rows[compact] = [len(layer.A) for layer in trainee.layers.values()]
@@ -150,3 +154,15 @@ def test_moments_in_blocks_of_eight_bits_refuse() -> None:
     kept = torch.tensor([0])
     with pytest.raises(RecipeError, match="8-bit moments cannot be compacted"):
         optim.compact(trainee.optimizer, layer.compact(kept), kept)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit"])
+def test_a_run_that_would_meet_such_moments_is_refused_before_it_starts(
+    recipe: Path, lorakit: Any, optimizer: str
+) -> None:
+    sora = ("adapter.variant=sora", "adapter.sparsity={xi: 0.05, compact: true}")
+    for command in (("train", recipe), ("train", "--dry-run", recipe)):
+        answer = lorakit(*command, *sora, f"train.optimizer={optimizer}")
+        assert answer.code == 2
+        assert f"only with moments in 32 bits; train.optimizer is {optimizer}. Turn" in answer.err
+        assert not Path("runs").exists()
