@@ -204,10 +204,13 @@ def mended(path: Path, given: Data, told: Counter[str] | None = None) -> Data:
             told["refused"] += 1
         kinds = {fault["type"] for fault in faults(given)}
         assert kinds == {"value_error"}, f"what is of its type is refused: {said}"
+        blamed: set[Key] = set()
         for line in said.splitlines()[1:]:
             found = LINES.match(line)
             assert found, f"no key is blamed: {line}"
-            take_out(given, path_of(found[1], given))
+            blamed.add(standing(given, path_of(found[1], given)))
+        for key in blamed:
+            take_out(given, key)
     return given
 
 
@@ -220,18 +223,23 @@ def faults(given: Data) -> Sequence[Any]:
     return []
 
 
+def standing(given: Data, path: Key) -> Key:
+    """A key, or the nearest section around it that there is: what was left out may be blamed."""
+    inside: Any = given
+    for depth, key in enumerate(path):
+        if not isinstance(inside, dict) or key not in inside:
+            assert depth, "what is blamed is not there"
+            return path[:depth]
+        inside = inside[key]
+    return path
+
+
 def take_out(given: Data, path: Key) -> None:
-    """Removes a key, or the nearest section around it that there is."""
-    while path:
-        *above, key = path
-        inside: Any = given
-        for step in above:
-            inside = inside.get(step, {}) if isinstance(inside, dict) else {}
-        if isinstance(inside, dict) and key in inside:
-            del inside[key]
-            return
-        path = tuple(above)
-    raise AssertionError("what is blamed is not there")
+    """Removes what stands at `path`, if it has not gone with a section around it."""
+    inside: Any = given
+    for key in path[:-1]:
+        inside = inside.get(key, {})
+    inside.pop(path[-1], None)
 
 
 # mutations

@@ -224,7 +224,7 @@ MUTANTS = [
         UNTRUSTED,
     ),
     Mutant("models/kernels.py", "output[0][:, :1]", "output[0][:, 1:2]", "another token", KERNELS),
-    Mutant("models/kernels.py", "weights += attention_mask", "pass", "padding is read", KERNELS),
+    Mutant("models/kernels.py", "weights += mask", "pass", "padding is read", KERNELS),
     Mutant("models/kernels.py", "2**16) - 2**15", "2**15) - 2**15", "half the dropout", KERNELS),
     Mutant("models/kernels.py", ".train(module.training)", "", "dropout in evaluation", KERNELS),
     Mutant("yamltext.py", "self.depth > DEEPEST", "False", "open brackets", FUZZ),
