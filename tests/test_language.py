@@ -553,12 +553,12 @@ def test_what_a_task_would_ignore_is_refused_all_of_it_at_once(
         "task.data_dir=glue",
     )
     assert answer.code == 2
-    for key in ("packing", "loss_on"):
+    for key in ("packing: true", "loss_on: 'all'"):
         assert f"task.{key}: classification would ignore it; it is for causal-lm" in answer.err
-    for key in ("generate", "format", "template"):
+    for key in ("generate: 4", "format: 'chat'", "template: '{text}'"):
         want = f"task.{key}: classification would ignore it; it is for causal-lm and seq2seq"
         assert want in answer.err
-    assert "task.data_dir: classification would ignore it; it is for GLUE's tasks" in answer.err
+    assert "task.data_dir: 'glue': classification would ignore it; it is for GLUE's" in answer.err
 
 
 @pytest.mark.parametrize(
