@@ -20,7 +20,7 @@ ATTENTION = "lorakit"
 """The name of `attention` among transformers' own."""
 MAPS = 2**24
 """Bytes that attention's maps may have at once. Of 16 x 512 tokens, whose maps have 100 MB, a step
-took 0.67 x as long so (5.0 s for 7.5, two cores): pieces of memory above 32 MiB glibc gives back to
+took 0.67 x as long so (4.3 s for 6.4, two cores): pieces of memory above 32 MiB glibc gives back to
 the system and asks for anew each time, and every page comes filled with zeros."""
 PLAIN = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
 """Families whose own attention is `attention`, by `model_type`."""
