@@ -123,19 +123,21 @@ class Adapter(nn.Module, ABC):
     @final  # type: ignore[misc]  # nn.Module declares forward as an attribute
     def forward(self, x: Tensor) -> Tensor:
         """W x + b + dW x, for x (..., n) to (..., m), in the base's precision."""
-        return self.finish(self.base_output(x) + self.update(self.dropout(x)))
+        rows = x.reshape(-1, self.n)
+        y = self.update(self.dropout(rows), self.base_output(rows))
+        return self.finish(y).view(*x.shape[:-1], self.m)
 
     def base_output(self, x: Tensor) -> Tensor:
-        """W x + b. A variant that quantises W replaces it."""
+        """W x + b, for x (rows, n) to (rows, m). A variant that quantises W replaces it."""
         y: Tensor = self.base(x)
         return y
 
     @abstractmethod
-    def update(self, x: Tensor) -> Tensor:
-        """dW x, for x (..., n) to (..., m), computed in the precision of x."""
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + dW x, for x (rows, n) and y (rows, m), computed in their precision."""
 
     def finish(self, y: Tensor) -> Tensor:
-        """The last touch on the sum, (..., m). A variant that quantises activations replaces it."""
+        """The last touch on the sum, (rows, m). One that quantises activations replaces it."""
         return y
 
     @abstractmethod
@@ -211,14 +213,16 @@ class Shrunk(NamedTuple):
     """Of the two's ranks."""
 
 
-def thin(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """B A x, for x (..., n) to (..., m), through the rank: (..., r) in between.
+def thin(x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
+    """y + B A x, for x (rows, n) and y (rows, m), through the rank: (rows, r) in between.
 
     The factors are cast to the precision of x, not x to theirs: they are small and x is not. Under
     a bfloat16 base that is mixed precision as autocast does it, with float32 weights behind it.
-    Whatever scales the update belongs into B, which is smaller than the result.
+    Whatever scales the update belongs into B, which is smaller than the result. The second product
+    adds to y: a sum after it would read and write the widest matrices once more, and made a step of
+    MiniLM 1.03 to 1.07 x as long (bfloat16, 32 rows of 8 to 24 tokens, one core).
     """
-    return linear(linear(x, A.to(x.dtype)), B.to(x.dtype))
+    return torch.addmm(y, linear(x, A.to(x.dtype)), B.to(x.dtype).t())
 
 
 def plain_parameters(base: nn.Module, plan: Plan) -> tuple[nn.Parameter, nn.Parameter]:

@@ -145,8 +145,8 @@ def gridded(x: Tensor, grid: Grid | None) -> Tensor:
     return x if grid is None else grid(x)
 
 
-def coded_update(x: Tensor, pair: CodedPair) -> Tensor:
-    """s B (E * (A x)), for x (..., n) to (..., m), with the quantisers between.
+def coded_update(x: Tensor, pair: CodedPair, y: Tensor) -> Tensor:
+    """y + s B (E * (A x)), for x (rows, n) and y (rows, m), with the quantisers between.
 
     Factors are cast to the precision of x, as in any update. s goes into B, the smaller one, and so
     does E unless what it gives is quantised: the same products as the plain pair's, in their order.
@@ -157,7 +157,8 @@ def coded_update(x: Tensor, pair: CodedPair) -> Tensor:
         B = B * pair.E.dense()
     elif pair.E is not None:
         h = gridded(h * pair.E.dense().to(x.dtype), grids.inner)
-    return gridded(linear(h, B.to(x.dtype)), grids.up)
+    B = B.to(x.dtype)
+    return torch.addmm(y, h, B.t()) if grids.up is None else y + grids.up(linear(h, B))
 
 
 def coded_base(x: Tensor, base: nn.Module, grids: Grids) -> Tensor:

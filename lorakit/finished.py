@@ -21,8 +21,8 @@ class PlainLinear(Adapter):
         self.register_buffer("A", plan.start.A)
         self.register_buffer("B", plan.start.B)
 
-    def update(self, x: Tensor) -> Tensor:
-        return thin(x, self.A, self.B)
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        return thin(x, self.A, self.B, y)
 
     def factors(self) -> Factors:
         return Factors(self.A, self.B)
@@ -56,8 +56,8 @@ class PackedLinear(Adapter):
     def base_output(self, x: Tensor) -> Tensor:
         return coded_base(x, self.base, self.coded().grids)
 
-    def update(self, x: Tensor) -> Tensor:
-        return coded_update(x, self.coded())
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        return coded_update(x, self.coded(), y)
 
     def finish(self, y: Tensor) -> Tensor:
         return gridded(y, self.coded().grids.total)

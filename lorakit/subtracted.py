@@ -66,8 +66,8 @@ class Subtracted(Adapter):
     def start(self, W: Tensor, config: Any) -> Factors:
         """A0 (r, n) and B0 (m, r), from W (m, n) in float32."""
 
-    def update(self, x: Tensor) -> Tensor:
-        return thin(x, *self._pair())
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        return thin(x, *self._pair(), y)
 
     def factors(self) -> Factors:
         A, B = self._pair()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit import optim, variants
-from lorakit.adapter import VariantConfig
+from lorakit.adapter import Adapter, VariantConfig
 from lorakit.data.batching import Batch, steps, steps_in_epoch
 from lorakit.engine import Engine
 from lorakit.inject import Layers, inject, plan, sites
@@ -152,6 +152,11 @@ def section(**settings: Any) -> TrainSection:
     return TrainSection(
         **{"steps": 60, "batch_size": 16, "lr": 3e-2, "eval_every": None, **settings}
     )
+
+
+def added(layer: Adapter, x: Tensor) -> Tensor:
+    """dW x, for x (rows, n) to (rows, m)."""
+    return layer.update(x, x.new_zeros(len(x), layer.m))
 
 
 def injected(

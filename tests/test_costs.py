@@ -99,15 +99,16 @@ def calls_in_a_step(recipe: Path, *overrides: str) -> tuple[Counter[str], Prepar
 def test_a_step_of_lora_takes_no_more_products_than_it_needs(recipe: Path) -> None:
     """Two blocks of six linears and the pooler, all adapted, and a classifier trained whole.
 
-    An adapted linear is W x + b, A x and B (A x); backward the gradients of A and B, that of A x,
-    and, where its input needs one, the two parts of the input's. Those of the first block that read
-    the embeddings, query, key and value, have no such input. Frozen weights get no gradient.
+    An adapted linear is W x + b, A x and B (A x) with the sum; backward the gradients of A and B,
+    that of A x, and, where its input needs one, the two parts of the input's. Those of the first
+    block that read the embeddings, query, key and value, have no such input. Frozen weights get no
+    gradient.
     """
     calls, prepared = calls_in_a_step(recipe)
     adapted, of_embeddings, classifier = len(prepared.layers), 3, 1
     assert adapted == 13
-    assert calls["addmm"] == adapted + classifier
-    assert calls["mm"] == 5 * adapted + 2 * (adapted - of_embeddings) + 2 * classifier
+    assert calls["addmm"] == 2 * adapted + classifier
+    assert calls["mm"] == 4 * adapted + 2 * (adapted - of_embeddings) + 2 * classifier
     assert calls["bmm"] == 2 * 6  # blocks; scores and their use, and the gradients of both
     assert calls["_fused_adamw_"] == 1
     assert calls["_local_scalar_dense"] <= 3  # numbers read, for which a GPU would be waited for

@@ -58,6 +58,22 @@ def test_answers_and_gradients_are_those_of_transformers(kind: str) -> None:
     assert_close(of_ours, gradients, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("keys", [1, 4, 15, 16, 17, 31, 32, 33])
+def test_softmax_of_narrow_rows_is_torchs(keys: int, dtype: torch.dtype) -> None:
+    drawn = torch.randn(3, 2, 5, keys, generator=torch.Generator().manual_seed(2)).to(dtype)
+    drawn[0, 0, 0, keys // 2 :] = torch.finfo(dtype).min  # as transformers' masks have it
+    drawn[0, 0, 1] = torch.finfo(dtype).min
+    x, y = drawn.clone().requires_grad_(), drawn.clone().requires_grad_()
+    ours, theirs = kernels._softmax(x), y.softmax(-1)
+    back = torch.randn(ours.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    ours.backward(back)
+    theirs.backward(back)
+    assert ours.shape == theirs.shape
+    assert_close(ours, theirs)
+    assert_close(x.grad, y.grad)
+
+
 @pytest.mark.parametrize("kind", kernels.PLAIN)
 def test_attention_is_ours_where_it_is_the_familys_own(
     kind: str, monkeypatch: pytest.MonkeyPatch

@@ -122,7 +122,7 @@ def test_a_linear_of_codes_is_the_sum_of_its_quantised_parts() -> None:
     grids = OUTER._replace(total=Grid(torch.tensor(0.9), 4))
     pair = CodedPair(drawn((3, 16), 4), drawn((3,), 8), drawn((12, 3), 2), 0.5, grids)
     layer = PackedLinear(base, VariantConfig(variant="plain"), Plan(3, 0.5), pair).eval()
-    total = coded_base(x, base, grids) + coded_update(x, pair)
+    total = coded_update(x, pair, coded_base(x, base, grids))
     assert grids.total is not None
     assert torch.equal(layer(x), grids.total(total))
     assert not torch.equal(layer(x), total)

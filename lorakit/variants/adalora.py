@@ -223,8 +223,8 @@ class AdaLoRALinear(Adapter):
         live = torch.ones(plan.rank, dtype=torch.bool, device=self.E.device)
         self.register_buffer("live", live)
 
-    def update(self, x: Tensor) -> Tensor:
-        return thin(x, self.A, self.scale * self.E * self.B)  # E on (m, r), not on (..., r)
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        return thin(x, self.A, self.scale * self.E * self.B, y)  # E on (m, r), not on (rows, r)
 
     def present(self) -> Tensor:
         """(r,), which ranks are live: kept, if only just at E = 0, or back since."""

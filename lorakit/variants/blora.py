@@ -142,17 +142,17 @@ class BLoRALinear(Adapter):
         q = self._quantised("weight", weight)
         return self._activation("base", functional_call(self.base, {"weight": q}, (x,)))
 
-    def update(self, x: Tensor) -> Tensor:
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
         if not self.training:
-            return coded_update(x, self.coded())
+            return coded_update(x, self.coded(), y)
         A, E, B = self._drawn()
         B = self.scale * B
         h = self._activation("down", linear(x, A.to(x.dtype)))
         if "inner" in self.quantised:
             h = self._activation("inner", h * E.to(x.dtype))
         else:
-            B = B * E  # on (m, r), not on (..., r)
-        return self._activation("up", linear(h, B.to(x.dtype)))
+            B = B * E  # on (m, r), not on (rows, r)
+        return y + self._activation("up", linear(h, B.to(x.dtype)))
 
     def finish(self, y: Tensor) -> Tensor:
         return self._activation("total", y) if self.training else gridded(y, self._outer().total)

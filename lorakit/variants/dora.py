@@ -55,8 +55,8 @@ class DoRALinear(Adapter):
         self.register_buffer("squares", squares, persistent=False)  # ||W||^2, of rows
         self.d = nn.Parameter(self.norms())
 
-    def update(self, x: Tensor) -> Tensor:
-        return thin(x, self.A, self.scale * self.B)
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        return thin(x, self.A, self.scale * self.B, y)
 
     def finish(self, y: Tensor) -> Tensor:
         """c (y - b) + b, which is y where c is 1, also to the last bit."""

@@ -51,8 +51,8 @@ class LoRALinear(Adapter):
         self.A, self.B = plain_parameters(base, plan)
         self.lr_ratio = config.lr_ratio
 
-    def update(self, x: Tensor) -> Tensor:
-        return thin(x, self.A, self.scale * self.B)
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        return thin(x, self.A, self.scale * self.B, y)
 
     def factors(self) -> Factors:
         return Factors(self.A.detach(), self.scale * self.B.detach())

@@ -103,8 +103,8 @@ class SoRALinear(Adapter):
         self.B.copy_(unit.sqrt() * svd.U)
         self.g.copy_(svd.S / unit)
 
-    def update(self, x: Tensor) -> Tensor:
-        return thin(x, self.A, self.scale * self.g * self.B)  # gates on (m, r), not on (..., r)
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        return thin(x, self.A, self.scale * self.g * self.B, y)  # gates on (m, r), not on (rows, r)
 
     def factors(self) -> Factors:
         live = self.g.detach() != 0  # (r,)

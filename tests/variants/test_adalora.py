@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from planted import injected, net, section
+from planted import added, injected, net, section
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -91,7 +91,7 @@ def test_the_update_is_s_b_e_a() -> None:
     layer = injected(net(), config())["up"]
     nn.init.normal_(layer.E)
     x = torch.randn(3, 16)
-    assert_close(layer.update(x), 2.0 * ((x @ layer.A.T) * layer.E) @ layer.B.T)
+    assert_close(added(layer, x), 2.0 * ((x @ layer.A.T) * layer.E) @ layer.B.T)
 
 
 def test_with_e_at_one_it_is_lora_forward_and_backward() -> None:
@@ -147,7 +147,7 @@ def test_a_rank_is_dead_when_masked_and_still_at_zero() -> None:
         layer.E.data = torch.tensor(E)
         A, B = layer.factors()
         assert len(A) == layer.rank() == rank
-        assert_close(x @ A.T @ B.T, layer.update(x))
+        assert_close(x @ A.T @ B.T, added(layer, x))
 
 
 def test_masking_keeps_the_scale_of_the_start() -> None:

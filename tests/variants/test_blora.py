@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from planted import injected, net, planted, pupil, section, taught
+from planted import added, injected, net, planted, pupil, section, taught
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -81,7 +81,7 @@ def test_with_open_gates_it_is_b_diag_e_a() -> None:
     want = layer.scale * ((x @ layer.A.T) * layer.E) @ layer.B.T
     for training in (False, True):
         layer.train(training).phase.fill_(Phase.FROZEN)
-        assert_close(layer.update(x), want, rtol=1e-5, atol=1e-5)
+        assert_close(added(layer, x), want, rtol=1e-5, atol=1e-5)
 
 
 # evaluation is the thresholded model, training its noisy relaxation
@@ -113,7 +113,7 @@ def test_with_frozen_gates_training_computes_what_evaluation_does(bits: dict[str
 def test_the_plain_pair_answers_bit_for_bit_as_evaluation_does() -> None:
     layer, x = narrow(layer_of(), A=4, E=8, B=2).eval(), torch.randn(6, 16)
     A, B = layer.factors()
-    assert torch.equal(nn.functional.linear(nn.functional.linear(x, A), B), layer.update(x))
+    assert torch.equal(nn.functional.linear(nn.functional.linear(x, A), B), added(layer, x))
 
 
 def test_codes_stay_within_their_widths_after_the_weights_have_grown() -> None:
@@ -138,7 +138,7 @@ def test_a_rank_whose_e_rounds_to_zero_is_dead_and_its_going_changes_nothing() -
     layer.calibrate()
     A, B = layer.factors()
     assert len(A) == layer.rank() == 2
-    assert_close(x @ A.T @ B.T, layer.update(x))
+    assert_close(x @ A.T @ B.T, added(layer, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -463,7 +463,7 @@ def test_activations_are_rounded_to_their_widths_on_the_ranges_of_the_warm_up() 
     narrow(layer, total=32, base=2)
     assert len(layer.eval().base_output(torch.randn(50, 16)).unique()) == 3
     narrow(layer, base=32, up=2)
-    assert len(layer.eval().update(torch.randn(50, 16)).unique()) == 3
+    assert len(added(layer.eval(), torch.randn(50, 16)).unique()) == 3
 
 
 def test_outer_quantisers_answer_alike_in_frozen_training_and_evaluation() -> None:
