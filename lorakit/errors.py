@@ -37,6 +37,12 @@ class Stopped(LorakitError):  # noqa: N818  (asked for, and nothing is wrong)
         """As a shell has it for a process that a signal has ended."""
 
 
+class Doubt(str):
+    """A note, unlike the others, that must not be missed: something is not as it should be."""
+
+    __slots__ = ()
+
+
 class NotLowRankError(LorakitError):
     """A layer's update is no plain pair of small matrices; the message says why."""
 

@@ -72,7 +72,7 @@ def score(trained: Trained, wanted: Sequence[Wanted], precision: str) -> list[Sc
         scores = tasks.evaluate(model, task, one.split, one.batch_size, engine.device)
         rows, notes = task.rows(one.split), task.notes
         if len(ready) > 1:
-            notes = tuple(f"{name}: {note}" for note in notes)
+            notes = tuple(type(note)(f"{name}: {note}") for note in notes)
         found.append(Scored(trained.path, name, one.split, rows, precision, scores, notes))
     return found
 

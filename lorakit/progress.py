@@ -25,6 +25,7 @@ from rich.progress import (
 )
 
 from lorakit.display import scores
+from lorakit.errors import Doubt
 from lorakit.pace import LOG, Pace
 
 COMMON = {"step", "loss", "norm", "lr", "samples_per_s", "ranks"}
@@ -74,8 +75,10 @@ class Watch:
         self._close()
 
     def note(self, text: str) -> None:
-        """A line of its own."""
-        if not self.quiet:
+        """A line of its own; a doubt is a warning."""
+        if isinstance(text, Doubt):
+            self.warn(text)
+        elif not self.quiet:
             self.console.print(f"· {text}", highlight=False, markup=False)
 
     def warn(self, text: str) -> None:

@@ -78,6 +78,17 @@ def test_the_next_is_made_while_one_is_used_and_by_another_thread() -> None:
     assert not any(name == current_thread().name for name in makers)
 
 
+def test_who_makes_the_next_computes_alone_and_all_others_as_before() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        stream = ahead(torch.get_num_threads() for _ in count())
+        assert [next(stream), next(stream), torch.get_num_threads()] == [1, 1, 2]
+        stream.close()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_fault_in_making_comes_where_the_item_would_have() -> None:
     def making() -> Any:
         yield 0

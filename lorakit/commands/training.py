@@ -44,6 +44,8 @@ def dry_run(path: Path, overrides: list[str], as_json: bool) -> None:
     loaded = recipe.load(_recipe_file(path), overrides)
     with progress.Watch(Console(stderr=True), quiet=as_json) as watch:
         prepared = run.check(loaded)
+    for note in prepared.notes:
+        watch.note(note)
     memory, labels = prepared.memory(), prepared.task.head().labels
     ranks = {name: planned.rank for name, planned in prepared.plans.items()}
     counts = {split: prepared.task.rows(split) for split in ("train", "validation")}
@@ -60,8 +62,6 @@ def dry_run(path: Path, overrides: list[str], as_json: bool) -> None:
         }
         print_json({**facts, "recipe": loaded.model_dump(mode="json")})
         return
-    for note in prepared.notes:
-        watch.note(note)
     rows = [
         ("rows", ", ".join(f"{split} {count:,}" for split, count in counts.items())),
         *([("labels", f"{len(labels)}: {', '.join(labels)}")] if labels else []),

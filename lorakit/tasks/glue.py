@@ -14,7 +14,7 @@ from lorakit.data.labels import by_number
 from lorakit.data.rows import Rows, empty
 from lorakit.data.sources import read_unquoted_tsv
 from lorakit.disk import digest
-from lorakit.errors import DataError
+from lorakit.errors import DataError, Doubt
 from lorakit.tasks.classification import Classification, accuracy, f1, matthews
 from lorakit.tasks.regression import Regression
 from lorakit.tasks.texts import Objective
@@ -155,7 +155,7 @@ SPLITS = {
 
 def read(name: str, data_dir: str | None) -> Splits[Rows]:
     """The splits of a task: `train`, `validation`, and `test`, which has no labels, where its file
-    is there; a note where a size is not GLUE's.
+    is there; a warning where a size is not GLUE's.
 
     MNLI's `validation` is the matched one: of the genres that are trained on. The diagnostics have
     labels in the authors' full file alone.
@@ -184,7 +184,8 @@ def read(name: str, data_dir: str | None) -> Splits[Rows]:
 def _size_note(split: str, rows: int, official: tuple[int, ...]) -> list[str]:
     if rows in official:
         return []
-    return [f"{split} has {rows:,} rows, GLUE's has {' or '.join(f'{n:,}' for n in official)}"]
+    known = " or ".join(f"{n:,}" for n in official)
+    return [Doubt(f"{split} has {rows:,} rows, GLUE's has {known}")]
 
 
 def _on_disk(task: Glue, above: Path) -> tuple[dict[str, Rows], Origins]:

@@ -152,7 +152,10 @@ class BLoRALinear(Adapter):
             h = self._activation("inner", h * E.to(x.dtype))
         else:
             B = B * E  # on (m, r), not on (rows, r)
-        return y + self._activation("up", linear(h, B.to(x.dtype)))
+        B = B.to(x.dtype)
+        if "up" in self.quantised:
+            return y + self._activation("up", linear(h, B))
+        return torch.addmm(y, h, B.t())
 
     def finish(self, y: Tensor) -> Tensor:
         return self._activation("total", y) if self.training else gridded(y, self._outer().total)
