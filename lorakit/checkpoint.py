@@ -94,6 +94,8 @@ def meta(folder: Path) -> Meta:
 
     """
     path = folder / "state.json"
+    if not path.is_file():  # a device, or a pipe, would be read without end
+        raise FolderError(f"{folder}: there is no file {path.name}.")
     try:
         state = json.loads(path.read_bytes())
         if state["format"] > FORMAT:
@@ -158,6 +160,11 @@ def load_state(folder: Path, trainee: Trainee) -> None:
     except (ValueError, TypeError, RuntimeError) as error:
         raise FolderError(f"{path} does not fit this run: {error}.") from error
     vars(trainee.progress).update(asdict(progress))
+
+
+def left_out(folder: Path) -> int:
+    """How many steps in a row, its own the last, were not taken for want of a finite loss."""
+    return _progress(folder).skipped_in_a_row
 
 
 def _progress(folder: Path) -> Progress:

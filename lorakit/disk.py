@@ -6,13 +6,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from hashlib import file_digest, sha256
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, gettempdir
 
 from lorakit.errors import FolderError, LorakitError
+
+_OWN = ".lorakit-"
+"""How the folders begin that are a single process's."""
 
 
 @contextmanager
@@ -22,24 +25,40 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Its files are fsynced before the rename. On an error nothing stays behind.
     """
     temporary = _beside(path)
-    try:
+    with written(path), passing_folder(temporary):
         sweep(path.parent, f".{path.name}.")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.rglob("*"):
             sync(file)
         sync(temporary)
         os.rename(temporary, path)
         sync(path.parent)
+
+
+@contextmanager
+def passing_folder(path: Path) -> Iterator[None]:
+    """A new folder that is gone when the block ends, however it does. One that ends in .tmp is
+    swept where the process was killed.
+    """
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        yield
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Within it, what the system answers to writing is a FolderError that names `path`."""
+    try:
+        yield
     except LorakitError:
         raise
     except Exception as error:
         if (reason := _reason(error)) is None:
             raise
         raise FolderError(f"{path} cannot be written: {reason}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -80,9 +99,21 @@ def cache_root() -> Path:
 
 @cache
 def _own_cache() -> Path:
-    folder = mkdtemp(prefix="lorakit-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    held = ExitStack()
+    atexit.register(held.close)
+    return held.enter_context(own_folder(Path(gettempdir())))
+
+
+@contextmanager
+def own_folder(within: Path) -> Iterator[Path]:
+    """A folder of this process alone in `within`, gone when the block ends; those that processes
+    left there which were killed are removed.
+    """
+    sweep(within, _OWN)
+    with TemporaryDirectory(
+        prefix=_OWN, suffix=f".{os.getpid()}.tmp", dir=within, ignore_cleanup_errors=True
+    ) as name:
+        yield Path(name)
 
 
 def remove(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Whether this machine can do what a recipe asks, looked at before anything is trained."""
 
 import shutil
-import tempfile
 import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from lorakit import base, models, run, tasks
 from lorakit import recipe as recipes
-from lorakit.disk import refuse_existing, write_text
+from lorakit.disk import own_folder, refuse_existing, write_text
 from lorakit.display import size
 from lorakit.engine import Engine
 from lorakit.environment import PACKAGES, environment
@@ -183,8 +182,8 @@ def _output(folder: Path) -> Check:
     """Whether the run folder can be made: something is written where it will stand."""
     try:
         refuse_existing(folder, "Go on with --resume, or choose another name: output_dir=NAME.")
-        with tempfile.TemporaryDirectory(prefix=".lorakit-", dir=_above(folder)) as trial:
-            write_text(Path(trial) / "trial", "written\n")
+        with own_folder(_above(folder)) as trial:
+            write_text(trial / "trial", "written\n")
     except FolderError as error:
         return Check("output", "fail", str(error))
     except OSError as error:

@@ -4,12 +4,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
 import torch
 
-from lorakit import bops, gguf_format, models, packed, peft_format
+from lorakit import bops, gguf_format, models, packed, peft_format, seal
 from lorakit import recipe as recipes
 from lorakit.bops import Costs
 from lorakit.card import Pruned, card, provenance
@@ -20,7 +19,7 @@ from lorakit.fitting import with_codes, with_pairs
 from lorakit.packed import PackedAdapter
 from lorakit.peft_format import PeftAdapter
 from lorakit.prune import Pairs, Selection, check, cut, padded, plain
-from lorakit.trained import CARD, Trained, logits
+from lorakit.trained import CARD, FILES, Trained, logits
 
 Layout = Literal["pattern", "uniform"]
 TOLERANCE = 1e-4
@@ -229,9 +228,7 @@ def _plain_size(trained: Trained) -> int | None:
         adapter = _as_peft(trained, plain(trained.layers))
     except NotLowRankError:
         return None
-    with TemporaryDirectory() as folder:
-        peft_format.write(Path(folder), adapter)
-        return peft_format.size(Path(folder))
+    return len(peft_format.encode(adapter)[peft_format.WEIGHTS])
 
 
 def write_beside(trained: Trained, folder: Path) -> None:
@@ -242,10 +239,11 @@ def write_beside(trained: Trained, folder: Path) -> None:
 
 
 def _describe(trained: Trained, pruned: Pruned, selection: Selection, folder: Path) -> None:
-    """Provenance and model card."""
+    """Provenance, model card, and the digests of what is read again."""
     facts = provenance(trained, pruned, selection)
     (folder / CARD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card(trained, pruned), encoding="utf-8")
+    seal.write(folder, FILES)
 
 
 def _at_start(trained: Trained) -> int:

@@ -56,7 +56,7 @@ class Journal:
         self.folder, self.prepared, self.screen, self.writes = folder, prepared, screen, writes
         self.signals = signals
         self.first_loss: float | None = None
-        self.latest: Row = {}
+        self.scored: Row = {}
 
     def tick(self, step: int) -> None:
         """Passes it on."""
@@ -71,7 +71,8 @@ class Journal:
             file.write(json.dumps(row) + "\n")
         self.screen.log(row)
         self._watch(row)
-        self.latest = row
+        if "ranks" not in row:  # of a step, where "loss" is that of its training rows
+            self.scored = row
 
     def save(self, trainee: Trainee) -> None:
         """Writes a checkpoint, with the scores if this step has been evaluated."""
@@ -80,7 +81,7 @@ class Journal:
         step, prepared = trainee.progress.step, self.prepared
         head = prepared.task.head()
         names = prepared.task.metric_names()
-        scored = self.latest if self.latest.get("step") == step else {}
+        scored = self.scored if self.scored.get("step") == step else {}
         meta = Meta(
             step=step,
             progress=asdict(trainee.progress),

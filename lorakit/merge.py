@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit import models
+from lorakit import models, seal
 from lorakit.adapter import Adapter
 from lorakit.base import dense_weight, is_linear, is_quantized, with_weight
 from lorakit.card import merged_card
@@ -83,6 +83,8 @@ def merge(trained: Trained, out: Path, dtype: str = "auto") -> Merged:
             difference=largest(after, before),
             exact=exact,
         )
+        names = {file.name for file in folder.iterdir()} - {"recipe.yaml"}
+        seal.write(folder, names)  # last: what is read back is not hashed for it
         (folder / "README.md").write_text(merged_card(trained, merged), encoding="utf-8")
     return merged
 

@@ -195,6 +195,9 @@ def read(folder: Path) -> PackedAdapter:
             later format; all faults found are listed.
 
     """
+    for name in (HEADER, WEIGHTS):
+        if not (folder / name).is_file():  # a device, or a pipe, would be read without end
+            raise FolderError(f"{folder}: there is no file {name}.")
     try:
         text, weights = (folder / HEADER).read_bytes(), (folder / WEIGHTS).read_bytes()
         header, tensors = _header(text), load(weights)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lorakit import peft_config
@@ -53,7 +53,13 @@ def is_adapter(folder: Path) -> bool:
 
 
 def write(folder: Path, adapter: PeftAdapter) -> None:
-    """Writes config and weights into `folder`, which exists.
+    """Writes config and weights into `folder`, which exists."""
+    for name, content in encode(adapter).items():
+        (folder / name).write_bytes(content)
+
+
+def encode(adapter: PeftAdapter) -> dict[str, bytes]:
+    """The folder's two files, by name.
 
     An adapter without a single live rank is written with one module of rank 1 whose B is 0: PEFT
     refuses to load an adapter of no modules, and the head still has to travel.
@@ -95,8 +101,10 @@ def write(folder: Path, adapter: PeftAdapter) -> None:
         for name, state in adapter.whole.items()
         for key, value in state.items()
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return {
+        CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+        WEIGHTS: save(tensors, metadata={"format": "pt"}),
+    }
 
 
 def read(folder: Path) -> PeftAdapter:

@@ -15,7 +15,7 @@ from lorakit.adapter import Controller
 from lorakit.disk import locked, refuse_existing, whole_folder
 from lorakit.engine import Engine
 from lorakit.environment import environment
-from lorakit.errors import FolderError, NotFiniteError, RecipeError, Stopped
+from lorakit.errors import NotFiniteError, RecipeError, Stopped
 from lorakit.journal import Journal, Screen
 from lorakit.prepare import Prepared, prepare, settled
 from lorakit.sections import Recipe
@@ -126,10 +126,8 @@ def _finish(
 
 def _way_back(folder: Path) -> str:
     """The last good checkpoint, for a message."""
-    with suppress(FolderError):
-        last, _ = run_folder.newest(folder)
-        return f"\n  The last good checkpoint is {last}." if last else ""
-    return ""
+    last = run_folder.last_good(folder)
+    return f"\n  The last good checkpoint is {last}." if last else ""
 
 
 @contextmanager

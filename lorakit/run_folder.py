@@ -108,6 +108,15 @@ def newest(run: Path) -> tuple[Path | None, tuple[str, ...]]:
     return None, ()
 
 
+def last_good(run: Path) -> Path | None:
+    """The newest whole checkpoint behind which no step was left out for want of a finite loss; the
+    newest of all, where each is.
+    """
+    whole = [folder for folder in reversed(_steps(run)) if _is_whole(folder)]
+    good = (folder for folder in whole if not checkpoint.left_out(folder))
+    return next(good, whole[0] if whole else None)
+
+
 def newest_run(folder: Path) -> Path:
     """The run under `folder` that was written to last.
 

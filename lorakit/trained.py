@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
-from lorakit import checkpoint, models, packed, peft_format, run_folder, variants
+from lorakit import checkpoint, models, packed, peft_format, run_folder, seal, variants
 from lorakit import recipe as recipes
 from lorakit.adapter import Plan
 from lorakit.errors import FolderError, several
@@ -18,12 +18,15 @@ from lorakit.inject import Layers, inject
 from lorakit.models import ModelSection, Precision, fingerprint
 from lorakit.models.fingerprint import Fingerprint
 from lorakit.models.heads import CLASSIFIER, Head
+from lorakit.peft_config import CONFIG
 from lorakit.prune import Pairs, plain
 from lorakit.schema import misfits
 from lorakit.sections import Recipe
 
 CARD = "lorakit.json"
 """What a pruned folder says of where it came from."""
+FILES = (CONFIG, peft_format.WEIGHTS, packed.HEADER, packed.WEIGHTS, CARD, "recipe.yaml")
+"""All that is read of a finished adapter's folder, whichever kind it is of."""
 
 
 class Card(BaseModel):
@@ -91,7 +94,8 @@ def open_trained(
     Over a base of other weights than it was trained over it is opened with `force` alone.
 
     Raises:
-        FolderError: nothing of the four stands there, or it does not fit its base.
+        FolderError: nothing of the four stands there, it was changed since lorakit wrote it, or it
+            does not fit its base.
         ModelError: the base model cannot be loaded.
 
     """
@@ -109,6 +113,7 @@ def open_trained(
 def pairs_at(path: Path) -> tuple[Pairs, dict[str, dict[str, Tensor]]]:
     """The plain pairs and whole modules at `path`, to start another run from."""
     if peft_format.is_adapter(path):
+        seal.check(path)
         adapter = peft_format.read(path)
         return adapter.pairs, adapter.whole
     trained = open_trained(path)
@@ -118,6 +123,7 @@ def pairs_at(path: Path) -> tuple[Pairs, dict[str, dict[str, Tensor]]]:
 def ranks_at(path: Path) -> dict[str, int]:
     """The live ranks at `path`: those that were trained, where a run has written more."""
     if peft_format.is_adapter(path):
+        seal.check(path)
         return {name: pair.rank for name, pair in peft_format.read(path).pairs.items()}
     return {name: layer.rank() for name, layer in open_trained(path).layers.items()}
 
@@ -201,6 +207,7 @@ def _from_folder(
     other_base: str | None,
     force: bool,
 ) -> Trained:
+    seal.check(folder)
     card = _card(folder)
     trained_over = card.base if card else None
     found = read(folder, card)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import signal
 import struct
 import sys
@@ -30,7 +31,7 @@ import torch
 import yaml
 from safetensors.torch import load, save
 
-from lorakit import checkpoint, manifest, packed, peft_format, trained
+from lorakit import checkpoint, manifest, packed, peft_format, seal, trained
 from lorakit import recipe as recipes
 from lorakit.adapter import Factors
 from lorakit.codes import Coded, CodedPair, Grid, Grids
@@ -193,6 +194,14 @@ def retensored(tensors: dict[str, torch.Tensor], draw: Draw) -> dict[str, torch.
     return {**tensors, name: draw.choice(changes)().contiguous().clone()}
 
 
+SEALED: Mapping[str, Change] = {
+    seal.NAME: as_json,
+    "adapter_config.json": as_json,
+    "recipe.yaml": as_yaml,
+}
+"""Files of a finished folder that are parsed before they are compared."""
+
+
 # readers
 
 
@@ -273,6 +282,16 @@ def targets(folder: Path) -> list[Target]:
             fed(state / manifest.NAME, lambda: manifest.verify(state)),
         )
     )
+    finished = folder / "finished"
+    shutil.copytree(adapter, finished)
+    (finished / "recipe.yaml").write_bytes(shipped[0])
+    seal.write(finished, trained.FILES)
+    for name, change in SEALED.items():
+        path = finished / name
+        seeds = (path.read_bytes(),)
+        found.append(
+            Target(f"finished/{name}", seeds, change, fed(path, lambda: unbroken(finished)))
+        )
     for kind, seeds in files.items():
         path = folder / f"rows.{kind}"
         change = as_json if kind == "json" else bytewise
@@ -289,6 +308,12 @@ def targets(folder: Path) -> list[Target]:
             )
         )
     return found
+
+
+def unbroken(folder: Path) -> None:
+    """A finished folder as the first reader of a process finds it."""
+    seal._check.cache_clear()
+    seal.check(folder)
 
 
 def rows(path: Path) -> object:
@@ -470,7 +495,7 @@ def main(arguments: list[str] | None = None) -> int:
 def line(name: str, inputs: int, told: Mapping[str, int], findings: int) -> str:
     """A target's row."""
     return (
-        f"{name:26} {inputs:8,} inputs  {told['taken']:7,} taken  {told['refused']:7,} refused  "
+        f"{name:31} {inputs:8,} inputs  {told['taken']:7,} taken  {told['refused']:7,} refused  "
         f"slowest {told['slowest, ms']:5} ms  {findings} findings"
     )
 

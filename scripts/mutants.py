@@ -41,6 +41,7 @@ CACHE, TASKS, GLUE = "tests/test_cache.py", "tests/test_own_tasks.py", "tests/te
 
 UNTRUSTED, FUZZ, DISK = "tests/test_untrusted.py", "tests/test_fuzz.py", "tests/test_disk.py"
 RESUME, DOCTOR = "tests/test_resume.py", "tests/test_doctor.py"
+SEAL = "tests/test_seal.py"
 KERNELS = "tests/test_kernels.py"
 LANGUAGE, FORMATS = "tests/test_language.py", "tests/test_formats.py"
 
@@ -108,7 +109,7 @@ MUTANTS = [
         "a start is scaled twice",
         INJECT,
     ),
-    Mutant("adapter.py", "self.base_output(x) + ", "", "base path lost", LAWS),
+    Mutant("adapter.py", "torch.addmm(y, ", "torch.addmm(0 * y, ", "base path lost", LAWS),
     Mutant("subtracted.py", "self.A - self.A0", "self.A", "the start is not subtracted", LAWS),
     Mutant("adapter.py", "kept.to(old.device)", "kept.flip(0)", "compaction mixes ranks", LAWS),
     Mutant("inject.py", "model.requires_grad_(False)", "pass", "model not frozen", INJECT),
@@ -224,12 +225,16 @@ MUTANTS = [
         UNTRUSTED,
     ),
     Mutant("models/kernels.py", "output[0][:, :1]", "output[0][:, 1:2]", "another token", KERNELS),
+    Mutant("models/kernels.py", "value=-torch.inf", "value=0.0", "columns that are read", KERNELS),
     Mutant("models/kernels.py", "weights += mask", "pass", "padding is read", KERNELS),
     Mutant("models/kernels.py", "2**16) - 2**15", "2**15) - 2**15", "half the dropout", KERNELS),
     Mutant("models/kernels.py", ".train(module.training)", "", "dropout in evaluation", KERNELS),
     Mutant("yamltext.py", "self.depth > DEEPEST", "False", "open brackets", FUZZ),
     Mutant("packed.py", "ge=0, lt=2**31", "ge=0", "a shape of no tensor", FUZZ),
     Mutant("disk.py", "if told else None", "if False else None", "Rust's words", DISK),
+    Mutant("seal.py", '{"base_model_name_or_path"}', '{"lora_alpha"}', "another scale", SEAL),
+    Mutant("merge.py", '- {"recipe.yaml"}', '- {"config.json"}', "not all of a model", SEAL),
+    Mutant("journal.py", 'if "ranks" not in row:', "if True:", "a loss no row has", CHECKPOINT),
     Mutant("journal.py", "except OSError as error:", "except KeyError as error:", "gone", DISK),
     Mutant(
         "checkpoint.py",

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -195,8 +196,7 @@ def test_a_tokenizer_without_a_file_is_used_and_nothing_is_kept(folder: Path) ->
         found = encoded(Words(), "one two", "three")
         assert found.notes == ()
         assert found.batch([1, 0]).inputs["input_ids"].tolist() == [[5, 0], [3, 3]]
-    assert not (folder / "rows").exists()
-    assert [*folder.iterdir()] == []
+    assert [path.name for path in folder.rglob("*")] == ["rows", ".lock"]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(
@@ -289,6 +289,28 @@ def test_what_killed_processes_have_left_goes_and_what_others_write_stays(folder
         writer.communicate(b"\n")
     entry("d" * 64, lambda: iter([Chunk({"input_ids": [[1]]})]))
     assert not other.exists()
+
+
+def test_rows_that_are_not_kept_are_swept_where_their_process_was_killed(folder: Path) -> None:
+    code = """
+import os, signal
+from lorakit.data.cache import Chunk, entry
+
+def make():
+    yield Chunk({"input_ids": [[1, 2]]})
+    os.kill(os.getpid(), signal.SIGKILL)
+
+entry(None, make)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    (left,) = entries_left(folder)
+    assert list(left.iterdir())
+    entry("a" * 64, lambda: iter([Chunk({"input_ids": [[1]]})]))
+    assert entries_left(folder) == []
+
+
+def entries_left(folder: Path) -> list[Path]:
+    return [*(folder / "rows").glob(".*.tmp")]
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:

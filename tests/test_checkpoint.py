@@ -54,6 +54,19 @@ def test_a_checkpoint_holds_nothing_of_the_base(run: Path) -> None:
     }
 
 
+def test_the_scores_of_a_checkpoint_are_those_of_its_step_and_none_where_it_was_not_evaluated(
+    recipe: Path, lorakit: Callable[..., Any]
+) -> None:
+    """A row of a step has a loss as well: that of its training rows."""
+    given = ("train.log_every=1", "train.eval_every=2", "train.save_every=1")
+    assert lorakit("train", recipe, *given).code == 0
+    rows = map(json.loads, Path("runs/tiny/metrics.jsonl").read_text().splitlines())
+    scored = {row.pop("step"): row for row in rows if "ranks" not in row}
+    for folder in steps(Path("runs/tiny")):
+        found = meta(folder)
+        assert found.scores == scored.get(found.step, {})
+
+
 def test_the_resolved_recipe_in_the_folder_rebuilds_the_run(run: Path) -> None:
     restored = recipe.restore(run)
     assert restored.output_dir == "runs/tiny"

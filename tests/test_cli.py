@@ -261,7 +261,7 @@ def test_the_three_commands_as_they_are_written(tmp_path: Path, tiny: Path) -> N
 
     scored = typed("lorakit eval --task glue/sst2", tmp_path)
     assert scored.returncode == 0, scored.stderr
-    assert scored.stderr.startswith("· the newest run: runs/sst2\n· train has 32 rows, GLUE's ")
+    assert scored.stderr.startswith("· the newest run: runs/sst2\nWARNING: train has 32 rows")
     assert " on glue/sst2, validation, 16 rows\n" in scored.stdout
     assert "accuracy" in scored.stdout
 

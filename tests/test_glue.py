@@ -14,7 +14,7 @@ import yaml
 from conftest import SHARED, Answer
 from torch.testing import assert_close
 
-from lorakit import models, tasks
+from lorakit import models, seal, tasks
 from lorakit.errors import DataError
 from lorakit.models.heads import Head
 from lorakit.tasks import TaskSection, glue
@@ -477,6 +477,20 @@ def test_another_number_of_rows_than_glues_is_said(folder: Path) -> None:
     )
 
 
+def test_another_number_of_rows_is_a_warning_even_where_all_else_is_silent(
+    lorakit: Lorakit, written: Callable[[str], None]
+) -> None:
+    written("mnli")
+    for silent in ((), ("--json",)):
+        answer = lorakit("train", "recipe.yaml", "train.steps=1", "--dry-run", *silent)
+        assert "WARNING: validation has 6 rows, GLUE's has 9,815" in answer.err
+    assert lorakit("train", "recipe.yaml", "train.steps=1").code == 0
+    both = ("--json", "--split", "validation,validation_mismatched")
+    for asked, named in ((("--json",), ""), (both, "glue/mnli: ")):
+        answer = lorakit("eval", *asked)
+        assert f"WARNING: {named}validation has 6 rows, GLUE's has 9,815" in answer.err
+
+
 def test_as_many_rows_as_glue_has_are_not_worth_a_note(folder: Path) -> None:
     for name, count in (("train", 635), ("dev", 71)):
         lines = [f"{i}\ta\tb\t{i % 2}" for i in range(count)]
@@ -640,7 +654,8 @@ def test_a_pair_task_trains_prunes_loads_in_peft_and_scores_again(
     assert logits(theirs, rows).shape == (4, len(labels))
     assert_close(logits(theirs, rows), logits(ours.model, rows), rtol=0, atol=1e-5)
 
-    (pruned / "lorakit.json").unlink()  # as another tool would leave it: labels without names
+    for ours_alone in ("lorakit.json", seal.NAME):  # without, another tool's: labels have no names
+        (pruned / ours_alone).unlink()
     bare = lorakit("eval", pruned, "--json")
     assert json.loads(bare.out)["scores"] == pytest.approx(scored["scores"], abs=1e-4)
 

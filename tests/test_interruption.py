@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lorakit import recipe, run
-from lorakit.disk import locked, sweep, whole_folder, write_text
+from lorakit.checkpoint import left_out
+from lorakit.disk import locked, own_folder, sweep, whole_folder, write_text
 from lorakit.errors import FolderError, Stopped
-from lorakit.run_folder import find, newest
+from lorakit.run_folder import find, last_good, newest
 
 Lorakit = Callable[..., Any]
 TINY = Path("runs/tiny")
@@ -201,6 +202,26 @@ def test_a_run_of_steps_left_out_is_shown_until_it_is_hopeless(
     assert _told(TINY)[-1]["skipped"] == 9
 
 
+def test_of_steps_left_out_the_last_good_checkpoint_is_the_one_before_them(
+    recipe: Path, lorakit: Lorakit
+) -> None:
+    """The first step of this rate is taken, and no later one has a finite loss."""
+    wild = ("train.lr=1e30", "train.clip=null", "train.steps=30", "train.log_every=1")
+    given = ("train.eval_every=3", "train.save_every=1", "train.non_finite=skip")
+    answer = lorakit("train", recipe, *wild, *given)
+    assert answer.code == 2
+    skipped = {f.name: left_out(f) for f in sorted((TINY / "checkpoints").glob("step-*"))}
+    first = next(iter(skipped))
+    assert list(skipped.values()) == list(range(10))
+    assert f"The last good checkpoint is {TINY / 'checkpoints' / first}." in answer.err
+    shutil.rmtree(TINY / "checkpoints" / first)
+    assert last_good(TINY) == TINY / "checkpoints" / max(skipped)  # none is better than another
+    (last_good(TINY) / "state.safetensors").write_bytes(b"")
+    assert last_good(TINY) == TINY / "checkpoints" / sorted(skipped)[-2]
+    resumed = lorakit("train", TINY, "--resume")  # what was never scored is no score
+    assert (resumed.code, "cannot be read" in resumed.err) == (2, False), resumed.err
+
+
 def test_a_loss_that_runs_away_is_told_once(recipe: Path, lorakit: Lorakit) -> None:
     given = ("train.lr=3", "train.log_every=1", "train.warmup=0", "train.schedule=constant")
     answer = lorakit("train", recipe, *given)
@@ -235,6 +256,18 @@ def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path: Path) -
         other.wait()
         with locked(tmp_path):
             pass
+
+
+def test_a_folder_of_a_process_alone_is_removed_by_the_next_that_makes_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os, signal, sys; from pathlib import Path; from lorakit.disk import own_folder\n"
+    code += "with own_folder(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == -signal.SIGKILL
+    assert len(leftovers(tmp_path)) == 1
+    with own_folder(tmp_path) as mine, own_folder(tmp_path) as other:
+        assert {path for path in tmp_path.iterdir()} == {mine, other}
+    assert leftovers(tmp_path) == []
 
 
 def test_what_a_killed_process_left_is_swept_away_and_what_a_living_one_writes_is_not(

@@ -1,5 +1,9 @@
 """Base models: where they come from, what their head is, what they are stored in."""
 
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +11,7 @@ import pytest
 import torch
 import writers
 from conftest import MINILM
+from foreign import decoder
 from torch import nn
 
 from lorakit import models
@@ -22,8 +27,6 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "v
 
 def saved(folder: Path, tiny: Path, config: str, model: str, **settings: Any) -> Path:
     """A tiny random model of a family, without a head, beside a tokenizer."""
-    import shutil
-
     import transformers
 
     built = getattr(transformers, config)(**{**SIZES, "intermediate_size": 32, **settings})
@@ -273,10 +276,78 @@ def test_a_gguf_file_that_is_none_or_not_there_is_said_to_be(
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ModelError, match=r"there is no such file"):
         load(tmp_path / "none.gguf")
-    (tmp_path / "broken.gguf").write_bytes(b"GGML and so on")
-    with pytest.raises(ModelError, match=r"cannot be read: "):
-        load(tmp_path / "broken.gguf")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGML and so on")
+    with pytest.raises(ModelError, match=r"it is no GGUF file; it begins with b'GGML'"):
+        load(broken)
+    whole = writers.gguf_file(tmp_path / "whole.gguf").read_bytes()
+    for length in (0, 3, 4, 7, 24, 100, 1000, 5000, len(whole) - 1):
+        broken.write_bytes(whole[:length])
+        with pytest.raises(ModelError, match=f"it is cut or damaged: .* its {length:,} bytes"):
+            load(broken)
+    broken.write_bytes(whole[:4] + b"\x09" + whole[5:])
+    with pytest.raises(ModelError, match=r"it is GGUF of version 9; 2 and 3 are read"):
+        load(broken)
+    broken.write_bytes(whole.replace(b"llama", b"llamo"))
+    with pytest.raises(ModelError, match=r"it is whole, but not .*llamo.*own folder instead"):
+        load(broken)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_what_a_killed_process_had_unpacked_of_a_gguf_file_is_swept_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any file, since the same one may never be asked for again."""
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    left = tmp_path / "cache" / "models" / ".other-0123456789abcdef.99999999.tmp"
+    left.mkdir(parents=True)
+    load(writers.gguf_file(tmp_path / "tiny.gguf"))
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "says"),
+    [
+        (partial(decoder, family="Llama"), "SEQ_2_SEQ_LM", "'llama'.*task.name=causal-lm takes"),
+        (writers.t5, "CAUSAL_LM", "'t5'.*as a decoder alone. task.name=seq2seq takes it"),
+    ],
+)
+def test_a_family_that_does_not_do_what_is_asked_is_named_and_the_task_that_takes_it(
+    tmp_path: Path, make: Callable[[Path], Path], kind: str, says: str
+) -> None:
+    with pytest.raises(ModelError, match=f"is a {says}"):
+        models.load(ModelSection(name=str(make(tmp_path / "base"))), Head((), kind), 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_base_of_which_a_file_is_cut_is_refused_and_the_file_named(
+    tmp_path: Path, tiny: Path, name: str
+) -> None:
+    """As a full disk or a lost connection leave it."""
+    path = Path(shutil.copytree(tiny, tmp_path / "base")) / name
+    content = path.read_bytes()
+    for length in (0, 7, len(content) // 2, len(content) - 3):
+        path.write_bytes(content[:length])
+        with pytest.raises(ModelError, match=rf"{name} is cut or damaged, {length:,} bytes"):
+            load(path.parent)
+
+
+def test_weights_of_other_shapes_than_the_configuration_s_are_said_to_be(
+    tmp_path: Path,
+) -> None:
+    base = writers.gpt2(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "n_embd": 2 * config["n_embd"]}))
+    with pytest.raises(ModelError, match=r"not of the shapes that its config\.json tells"):
+        models.load(ModelSection(name=str(base)), Head((), "CAUSAL_LM"), 0)
+
+
+@pytest.mark.parametrize("name", ["/no/such", "~/no/such", "a\0b", "x" * 5000, "a/b/c"])
+def test_a_name_that_is_no_folder_and_cannot_be_the_hubs_is_said_to_be(name: str) -> None:
+    with pytest.raises(ModelError, match="there is no such folder, and names of the hub are"):
+        load(Path(name))
 
 
 def test_the_memory_of_the_base_is_counted_in_what_it_is_stored_in(tiny: Path) -> None:

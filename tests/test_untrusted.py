@@ -15,7 +15,7 @@ import torch
 from conftest import Answer
 from safetensors.torch import load_file, save_file
 
-from lorakit import manifest, peft_format
+from lorakit import manifest, peft_format, seal
 from lorakit.errors import FolderError
 
 Lorakit = Callable[..., Answer]
@@ -56,8 +56,10 @@ def run(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def adapter(run: Path) -> Path:
-    """A copy of the PEFT folder, `adapter` in the working folder."""
-    return Path(shutil.copytree(run / "pruned", "adapter"))
+    """A copy of the PEFT folder, `adapter` in the working folder, as a stranger would send it."""
+    found = Path(shutil.copytree(run / "pruned", "adapter"))
+    (found / seal.NAME).unlink()
+    return found
 
 
 @pytest.fixture

@@ -17,14 +17,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO, NamedTuple, overload
+from uuid import uuid4
 from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.disk import cache_root, digest, whole_folder
+from lorakit.disk import cache_root, digest, passing_folder, whole_folder, written
 from lorakit.errors import FolderError
 
 HEADER, LENGTHS, FORMAT = "header.json", "lengths.npy", 1
@@ -87,16 +87,14 @@ def entry(key: str | None, make: Callable[[], Iterator[Chunk]]) -> Entry:
         FolderError: they cannot be written.
 
     """
-    if key is None:
-        with TemporaryDirectory(dir=cache_root()) as name:  # what is open outlives it
-            _write(Path(name), make())
-            return _open(Path(name), reused=False)
-    folder = cache_root() / "rows" / key
+    folder = cache_root() / "rows" / (key or uuid4().hex)
     with _alone(folder):
         if _is_whole(folder):
             return _open(folder, reused=True)
         shutil.rmtree(folder, ignore_errors=True)
         try:
+            if key is None:
+                return _unkept(folder, make())
             with whole_folder(folder) as temporary:
                 _write(temporary, make())
         except FolderError as error:
@@ -104,6 +102,14 @@ def entry(key: str | None, make: Callable[[], Iterator[Chunk]]) -> Entry:
                 f"{error}\n  Tokens may be kept elsewhere: LORAKIT_CACHE=DIR."
             ) from None
         return _open(folder, reused=False)
+
+
+def _unkept(folder: Path, chunks: Iterator[Chunk]) -> Entry:
+    """The rows of a folder that is gone already: what is open outlives it."""
+    passing = folder.with_name(f".{folder.name}.tmp")
+    with written(folder), passing_folder(passing):
+        _write(passing, chunks)
+        return _open(passing, reused=False)
 
 
 def _write(folder: Path, chunks: Iterator[Chunk]) -> None:

@@ -3,19 +3,19 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from lorakit import seal
 from lorakit.base import Codes, is_linear, is_quantized, quantized, settled
-from lorakit.errors import ModelError
+from lorakit.errors import FolderError, ModelError
 from lorakit.models import fingerprint, gguf, heads, kernels
 from lorakit.models.fingerprint import Fingerprint
 from lorakit.models.heads import WRITERS, Head
-from lorakit.models.refusals import cannot_load
+from lorakit.models.refusals import explained, refuse_other_kinds
 from lorakit.places import PACKAGE, locate
 from lorakit.schema import Section
 
@@ -77,8 +77,8 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
     are mapped into memory, and read when they are looked at.
 
     Raises:
-        ModelError: the model is not there, not reachable, or not one that does what `head` asks
-            for; or its tokenizer has no token to pad with.
+        ModelError: the model is not there, not reachable, not one that does what `head` asks for,
+            or was changed since lorakit merged it; or its tokenizer has no token to pad with.
 
     """
     import transformers
@@ -89,8 +89,9 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
     where = resolve(section.name)
     if where.endswith(gguf.ENDING):
         where = str(gguf.unpacked(section.name, Path(where).expanduser()))
+    _refuse_changed(Path(where).expanduser())
     torch.manual_seed(seed)
-    try:
+    with explained(section.name, section.revision, Path(where).expanduser()):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             where, revision=section.revision, trust_remote_code=False
         )
@@ -100,6 +101,7 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
             trust_remote_code=False,  # left out, transformers asks whether to run the model's code
             **heads.settings(head),
         )
+        refuse_other_kinds(section.name, config, head.kind)
         if section.dropout is not None:
             _set_dropout(config, section.dropout)
         in_files, commit = config.dtype, getattr(config, "_commit_hash", None)
@@ -113,14 +115,6 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
             ignore_mismatched_sizes=bool(head.labels),  # a head of another size starts anew
             output_loading_info=True,
         )
-    except UnpicklingError as error:
-        raise ModelError(
-            f"model.name: {section.name!r} cannot be loaded: its weights are a pickle of more than "
-            "tensors, which may run code; save them as safetensors."
-        ) from error
-    except (OSError, ValueError, KeyError) as error:
-        folder = Path(where).expanduser()
-        raise ModelError(cannot_load(section.name, section.revision, folder, error)) from error
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if fresh and head.kind in WRITERS:
         raise ModelError(
@@ -137,6 +131,14 @@ def load(section: ModelSection, head: Head, seed: int, stored: bool = False) -> 
     kernels.install(model, head)
     longest = min(_positions(model) or tokenizer.model_max_length, tokenizer.model_max_length)
     return Base(model, tokenizer, names, longest, known_by, notes)
+
+
+def _refuse_changed(folder: Path) -> None:
+    """Raises ModelError where lorakit has merged a model that is not as it was written."""
+    try:
+        seal.check(folder)
+    except FolderError as error:
+        raise ModelError(f"model.name: {error}") from None
 
 
 def resolve(name: str) -> str:

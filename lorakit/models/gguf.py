@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from lorakit.disk import cache_root, whole_folder
+from lorakit.disk import cache_root, sweep, whole_folder
 from lorakit.errors import ModelError
 from lorakit.models.refusals import first_line
 
-ENDING = ".gguf"
+ENDING, MAGIC, VERSIONS = ".gguf", b"GGUF", (2, 3)
 
 
 def unpacked(name: str, path: Path) -> Path:
@@ -47,9 +47,33 @@ def unpacked(name: str, path: Path) -> Path:
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
     except Exception as error:  # a broken file leads its reader to any of them
-        raise ModelError(f"model.name: {name!r} cannot be read: {first_line(error)}") from error
+        raise ModelError(f"model.name: {name!r} cannot be unpacked: {_why(path, error)}") from error
     folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent)
     with whole_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
         model.save_pretrained(temporary)
     return folder
+
+
+def _why(path: Path, error: Exception) -> str:
+    """What is wrong with a file that transformers does not read; its own words are of buffers."""
+    import gguf
+
+    with path.open("rb") as file:
+        magic, version = file.read(len(MAGIC)), int.from_bytes(file.read(4), "little")
+    if not MAGIC.startswith(magic):
+        return f"it is no GGUF file; it begins with {magic!r}, not with {MAGIC!r}."
+    if version not in (0, *VERSIONS):
+        return f"it is GGUF of version {version}; {' and '.join(map(str, VERSIONS))} are read."
+    try:
+        gguf.GGUFReader(path)
+    except Exception:
+        return (
+            f"it is cut or damaged: not all that it should hold is in its {path.stat().st_size:,} "
+            "bytes. Copy or download it again, and compare its size with that at its source."
+        )
+    return (
+        "it is whole, but not of a kind that transformers unpacks "
+        f"({first_line(error)}). Take the model's own folder instead."
+    )
