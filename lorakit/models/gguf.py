@@ -68,7 +68,7 @@ def _why(path: Path, error: Exception) -> str:
         return f"it is GGUF of version {version}; {' and '.join(map(str, VERSIONS))} are read."
     try:
         gguf.GGUFReader(path)
-    except Exception:
+    except Exception:  # it indexes, decodes and reshapes whatever bytes are there
         return (
             f"it is cut or damaged: not all that it should hold is in its {path.stat().st_size:,} "
             "bytes. Copy or download it again, and compare its size with that at its source."
