@@ -31,7 +31,7 @@ from lorakit.models.fingerprint import Fingerprint
 from lorakit.models.heads import CLASSIFIER, Head
 from lorakit.optim import load_state_tensors, state_tensors
 from lorakit.schema import misfits
-from lorakit.train import Progress, Trainee
+from lorakit.trainee import Progress, Trainee
 
 FORMAT = 3
 """1 had no manifest, and was of classifiers only; 2 knew one best step, and not its base."""

@@ -4,12 +4,25 @@ Proven on CPUs: one process, and two over gloo that take the steps of one with t
 On GPUs it is written, not tested. Dropout draws the same masks in every process.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+
+class Sums(Protocol):
+    """What a step came to, each ()."""
+
+    @property
+    def part(self) -> Tensor:
+        """The part of the loss that is of this process."""
+
+    @property
+    def norm(self) -> Tensor:
+        """Of the gradient, the same in all processes."""
 
 
 class Engine:
@@ -22,6 +35,9 @@ class Engine:
         self.processes: int = self._accelerator.num_processes
         self.index: int = self._accelerator.process_index
         self.is_main: bool = self._accelerator.is_main_process
+        self.waits: bool = self.device.type != "cpu"
+        """Whether to read a number is to wait for all that the device was asked for before."""
+        self._exact = torch.float32 if self.device.type == "mps" else torch.float64
 
     def prepare(self, model: nn.Module, compiled: bool = False) -> nn.Module:
         """The model on its device, wrapped for as many processes as there are.
@@ -51,25 +67,23 @@ class Engine:
         norm: Tensor = self._accelerator.clip_grad_norm_(list(parameters), limit)
         return norm
 
-    def read(self, part: Tensor, same: Tensor) -> tuple[float, float]:
-        """The sum of `part` over processes, and what is the `same` in all.
-
-        This waits for the device, once a step: whether to take the step hangs on both.
-        """
-        loss, norm = torch.stack([part.double(), same.double()]).tolist()
-        return self.total(loss), norm
+    def read(self, steps: Sequence[Sums]) -> list[tuple[float, float]]:
+        """The loss and the norm of each of `steps`; however many, the device is waited for once."""
+        if not steps:
+            return []
+        parts = torch.stack([step.part for step in steps]).to(self._exact)
+        if self.processes > 1:
+            parts = self._accelerator.reduce(parts, reduction="sum")
+        norms = torch.stack([step.norm for step in steps]).to(self._exact)
+        return [(loss, norm) for loss, norm in torch.stack([parts, norms], dim=1).tolist()]
 
     def wait(self) -> None:
         """Until every process is here."""
         self._accelerator.wait_for_everyone()
 
     def any(self, value: bool) -> bool:
-        """Whether it is so in any process."""
-        return value if self.processes == 1 else self.total(float(value)) > 0
-
-    def total(self, value: float) -> float:
-        """The sum of a number over processes."""
+        """Whether it is so in any process. Of several, all wait for each other."""
         if self.processes == 1:
             return value
-        number = torch.tensor(value, device=self.device, dtype=torch.float64)
-        return float(self._accelerator.reduce(number, reduction="sum"))
+        number = torch.tensor(float(value), device=self.device)
+        return float(self._accelerator.reduce(number, reduction="sum")) > 0

@@ -17,7 +17,8 @@ from lorakit.disk import sync
 from lorakit.errors import FolderError
 from lorakit.prepare import Prepared
 from lorakit.timetable import Timetable
-from lorakit.train import Row, Trainee
+from lorakit.train import Row
+from lorakit.trainee import Trainee
 
 RUN_AWAY = 1.5
 """A loss so many times the first one's is no noise of batches: training has made things worse."""

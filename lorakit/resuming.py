@@ -14,7 +14,7 @@ from lorakit.errors import FolderError, several
 from lorakit.models import fingerprint
 from lorakit.prepare import Prepared, settled
 from lorakit.sections import Recipe
-from lorakit.train import Trainee
+from lorakit.trainee import Trainee
 
 
 class Found(NamedTuple):

@@ -19,7 +19,8 @@ from lorakit.errors import NotFiniteError, RecipeError, Stopped
 from lorakit.journal import Journal, Screen
 from lorakit.prepare import Prepared, prepare, settled
 from lorakit.sections import Recipe
-from lorakit.train import Progress, Trainee, finished, train
+from lorakit.train import finished, train
+from lorakit.trainee import Progress, Trainee
 
 
 @dataclass(frozen=True)

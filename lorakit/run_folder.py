@@ -22,7 +22,7 @@ from lorakit import checkpoint
 from lorakit.checkpoint import Meta
 from lorakit.disk import remove, write_text
 from lorakit.errors import FolderError, nearest, several
-from lorakit.train import Trainee
+from lorakit.trainee import Trainee
 
 
 def name_of(step: int) -> str:

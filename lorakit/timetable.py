@@ -53,8 +53,8 @@ class TrainSection(OptimSection):
     """With `keep_last`, how many of the best by `best` are kept besides, each saved when it is
     scored; of equal ones the earlier; null: the best one."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """What follows a loss or gradient that is no finite number: the run stops before the weights
-    are touched, or leaves the step out, at most ten in a row."""
+    """What follows a loss or gradient that is no finite number: the run stops, and nothing of that
+    step is saved, or leaves the step out, at most ten in a row."""
     best: str | None = None
     """Metric that picks the best checkpoint, once ranks have settled; null: the task's first."""
     patience: PositiveInt | None = None
@@ -110,6 +110,10 @@ class Timetable(NamedTuple):
     def due(self, step: int, every: int | None) -> bool:
         """Whether something done `every` so many steps, and at the last one, falls on `step`."""
         return step == self.steps or (every is not None and step % every == 0)
+
+    def anything(self, step: int) -> bool:
+        """Whether anything falls on `step`."""
+        return any(self.due(step, n) for n in (self.log_every, self.eval_every, self.save_every))
 
 
 def _interval(every: int | str | None, steps_an_epoch: int) -> int | None:

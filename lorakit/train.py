@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import inf, isfinite, isnan
+from dataclasses import dataclass
+from math import isfinite
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lorakit import optim
-from lorakit.adapter import Adapter, Controller, Kept, Stage, Step
+from lorakit.adapter import Controller, Kept, Stage, Step
 from lorakit.data.batching import Batch, ahead
 from lorakit.engine import Engine
 from lorakit.errors import NotFiniteError
 from lorakit.tasks import COSTS, Task, evaluate
 from lorakit.timetable import Timetable, TrainSection
+from lorakit.trainee import Progress, Trainee
 
 Row = dict[str, Any]
 
@@ -28,68 +28,6 @@ SAMPLE = 1000
 
 HOPELESS = 10
 """So many steps without a finite loss, one after the other, and no next one will have it."""
-
-
-@dataclass
-class Progress:
-    """How far a run is: what must survive a restart besides tensors."""
-
-    step: int = 0
-    best: list[tuple[int, float]] = field(default_factory=list)
-    """Steps and scores of the best evaluations since ranks have settled, the best one first."""
-    stale: int = 0
-    """Evaluations since the best one."""
-    loss: float = 0.0
-    """Summed over the items since the last logged row."""
-    items: int = 0
-    skipped: int = 0
-    """Steps not taken in this run, for want of a finite loss."""
-    skipped_in_a_row: int = 0
-
-    @property
-    def best_step(self) -> int | None:
-        """The step of the best evaluation, if there is one."""
-        return self.best[0][0] if self.best else None
-
-    def judge(self, score: float, places: int = 1) -> bool:
-        """Takes note of a score, higher being better; whether it is among the `places` best so far.
-
-        Of equal ones the earliest is the best, and no number is worse than any.
-        """
-        here = (self.step, -inf if isnan(score) else score)
-        self.best = sorted([*self.best, here], key=lambda known: -known[1])[:places]
-        self.stale = 0 if self.best[0] == here else self.stale + 1
-        return here in self.best
-
-    def forget_best(self) -> None:
-        """Ranks have moved: what was the best is another model."""
-        self.best, self.stale = [], 0
-
-    def mean_loss(self) -> float | None:
-        """Since this was last asked; None where no step was taken."""
-        mean = self.loss / self.items if self.items else None
-        self.loss, self.items = 0.0, 0
-        return mean
-
-    def took(self, loss: float, items: int) -> None:
-        """Takes note of a step."""
-        self.loss, self.items = self.loss + loss * items, self.items + items
-        self.skipped_in_a_row = 0
-
-    def skip(self) -> None:
-        """Takes note of a step that was not taken."""
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """What training moves, and how far it is: what a checkpoint holds."""
-
-    model: nn.Module
-    layers: Mapping[str, Adapter]
-    controller: Controller[Any, Any]
-    optimizer: Optimizer
-    progress: Progress = field(default_factory=Progress)
 
 
 class Observer(Protocol):
@@ -120,10 +58,14 @@ def train(
     """Takes the steps behind `trainee.progress`, to the last one or until patience ends.
 
     The loss of a step is the mean over all items of its batches, whatever portions they come in.
+    It is read before the step is taken where that is for nothing, as on a CPU, or where the step
+    may be skipped; else when something is told of it or saved, and the device is not waited for
+    between.
 
     Raises:
         NotFiniteError: a loss or its gradient is not finite, and `non_finite` does not say to skip
-            the step, or it was skipped too often; names the rows of the step.
+            the step, or it was skipped too often; names the rows of the step, of which nothing
+            was saved.
 
     """
     progress, controller, optimizer = trainee.progress, trainee.controller, trainee.optimizer
@@ -133,6 +75,7 @@ def train(
     moment, forget = optim.second_moments(optimizer), optim.forgetting(optimizer)
     stream = ahead(portions(task, section, seed, progress.step, engine))
     speed, sample = Speed(), task.sample("train", SAMPLE)  # costs nothing until it is scored
+    unread: list[Unread] = []
 
     def score(task: Task, split: str) -> dict[str, float]:
         return evaluate(model, task, split, section.eval_batch_size, engine.device)
@@ -150,27 +93,27 @@ def train(
         portion = next(stream)
         part = backward(model, task, portion.mine, portion.items, controller, engine)
         controller.before_step(ctx)
-        loss, norm = engine.read(part, engine.clip(weights, section.clip))
+        norm = engine.clip(weights, section.clip)
+        unread.append(Unread(step, part, norm, portion.items, rows_of(portion.mine)))
 
         # the step: the optimizer moves the weights, the variant has the last word
-        if isfinite(loss) and isfinite(norm):
+        stage_over = place.last and len(stages) > 1
+        told = stage_over or timetable.anything(step)
+        read = told or not engine.waits or section.non_finite == "skip"
+        if not read or take_note(progress, unread, section, engine):
             optimizer.step()
             if kept := controller.after_step(ctx):
                 compact(trainee, kept)
                 weights, rate = optim.parameters(optimizer), optim.rates(optimizer)
-            progress.took(loss, portion.items)
-        else:
-            progress.skip()
-            refuse_to_go_on(progress, section, loss, norm, rows_of(portion.mine))
         optimizer.zero_grad(set_to_none=True)
         if not controller.settled():
             progress.forget_best()
         speed.add(portion.rows, perf_counter() - started)
 
         # now and then, at the end of a stage, and at the end
-        stage_over, better = place.last and len(stages) > 1, False
+        better = False
         if stage_over or timetable.due(step, timetable.log_every):
-            observer.log(row_of(trainee, norm, section.lr * share, speed.read()))
+            observer.log(row_of(trainee, float(norm), section.lr * share, speed.read()))
         if stage_over or timetable.due(step, timetable.eval_every):
             scores = score(task, "validation")
             known = {"stage": place.number, "train": score(sample, "train")} if stage_over else {}
@@ -178,8 +121,9 @@ def train(
             if controller.settled():
                 better = progress.judge(headline(scores, section.best), section.keep_best or 1)
         over = finished(progress, section, timetable)
-        stop = engine.any(observer.stopping())
+        stop = (read or engine.processes == 1) and engine.any(observer.stopping())
         if better or over or stop or stage_over or timetable.due(step, timetable.save_every):
+            take_note(progress, unread, section, engine)
             observer.save(trainee)
         observer.tick(step)
 
@@ -204,6 +148,39 @@ def portions(
         mine = [batch.to(engine.device) for batch in batches[engine.index :: engine.processes]]
         rows = sum(len(batch.rows) for batch in batches)
         yield Portion(sum(map(task.items, batches)), rows, mine)
+
+
+class Unread(NamedTuple):
+    """What a step came to, on the device still."""
+
+    step: int
+    part: Tensor
+    """This process's part of the loss, ()."""
+    norm: Tensor
+    """Of the gradient, in all processes, before it is clipped; ()."""
+    items: int
+    rows: list[int]
+    """Of this process."""
+
+
+def take_note(
+    progress: Progress, unread: list[Unread], section: TrainSection, engine: Engine
+) -> bool:
+    """Reads what steps came to, if any, and forgets them; whether the last may be taken.
+
+    Raises:
+        NotFiniteError: one may not, and the recipe does not skip it, or they were too many.
+
+    """
+    fine = True
+    for each, (loss, norm) in zip(unread, engine.read(unread), strict=True):
+        if fine := isfinite(loss) and isfinite(norm):
+            progress.took(loss, each.items)
+        else:
+            progress.skip()
+            refuse_to_go_on(progress, section, each, loss, norm)
+    unread.clear()
+    return fine
 
 
 def backward(
@@ -310,15 +287,15 @@ def rows_of(batches: Sequence[Batch]) -> list[int]:
 
 
 def refuse_to_go_on(
-    progress: Progress, section: TrainSection, loss: float, norm: float, rows: Sequence[int]
+    progress: Progress, section: TrainSection, failed: Unread, loss: float, norm: float
 ) -> None:
     """Raises NotFiniteError unless the recipe skips such steps, and they are not all such."""
     if section.non_finite == "skip" and progress.skipped_in_a_row < HOPELESS:
         return
     often = f", as in the {HOPELESS - 1} steps before" if section.non_finite == "skip" else ""
     raise NotFiniteError(
-        f"step {progress.step}: the loss is {loss:g} and its gradient's norm {norm:g}{often}; "
-        f"stopped before the weights were touched.\n  Rows of the step, counted from 0 in the "
-        f"training split: {', '.join(map(str, rows))}\n  A lower train.lr or "
+        f"step {failed.step}: the loss is {loss:g} and its gradient's norm {norm:g}{often}; "
+        f"stopped, and nothing of that step is saved.\n  Rows of the step, counted from 0 in the "
+        f"training split: {', '.join(map(str, failed.rows))}\n  A lower train.lr or "
         "model.precision=fp32 may help; train.non_finite=skip leaves single such steps out."
     )

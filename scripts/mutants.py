@@ -29,6 +29,7 @@ class Mutant(NamedTuple):
 
 LAWS, SORA = "tests/test_variant_laws.py", "tests/variants/test_sora.py"
 TRAIN, PRUNE, PEFT = "tests/test_train.py", "tests/test_prune.py", "tests/test_peft_format.py"
+WAIT = "tests/test_waiting.py"
 INJECT, CHECKPOINT = "tests/test_inject.py", "tests/test_checkpoint.py"
 COMPACT, KEEP = "tests/variants/test_sora_compact.py", "tests/variants/test_sora_keep.py"
 AXES, ADALORA = "tests/variants/test_sora_axes.py", "tests/variants/test_adalora.py"
@@ -166,13 +167,22 @@ MUTANTS = [
     ),
     Mutant(
         "train.py",
-        "engine.clip(weights, section.clip))",
-        "engine.clip(weights, None))",
+        "engine.clip(weights, section.clip)",
+        "engine.clip(weights, None)",
         "no clipping",
         TRAIN,
     ),
     Mutant("train.py", "if controller.settled():", "if True:", "best while ranks move", TRAIN),
-    Mutant("train.py", "if isfinite(loss) and isfinite(norm):", "if True:", "nan goes on", TRAIN),
+    Mutant("train.py", "isfinite(loss) and isfinite(norm):", "True:", "nan goes on", TRAIN),
+    Mutant("train.py", "told or not engine.waits or", "True or", "every step is waited for", WAIT),
+    Mutant("train.py", ' or section.non_finite == "skip"', "", "skipped too late", WAIT),
+    Mutant(
+        "train.py",
+        "            take_note(progress, unread, section, engine)\n",
+        "",
+        "saved unread",
+        WAIT,
+    ),
     Mutant(
         "train.py",
         "seed, progress.step, engine",

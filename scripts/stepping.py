@@ -13,7 +13,8 @@ from lorakit import optim, variants
 from lorakit.engine import Engine
 from lorakit.prepare import Prepared
 from lorakit.timetable import Timetable
-from lorakit.train import Trainee, train
+from lorakit.train import train
+from lorakit.trainee import Trainee
 
 
 class Pause(Exception):  # noqa: N818  (no error)

@@ -19,7 +19,8 @@ from lorakit.engine import Engine
 from lorakit.inject import Layers, inject, plan, sites
 from lorakit.models.heads import Head
 from lorakit.timetable import TrainSection
-from lorakit.train import Trainee, train
+from lorakit.train import train
+from lorakit.trainee import Trainee
 
 WIDTH = 16
 
@@ -181,10 +182,16 @@ def pupil(
     return Trainee(model, layers, controller, optim.adamw(model, layers, train_section))
 
 
-def taught(trainee: Trainee, train_section: TrainSection, task: Planted | None = None) -> Notes:
+def taught(
+    trainee: Trainee,
+    train_section: TrainSection,
+    task: Planted | None = None,
+    engine: Engine | None = None,
+    notes: Notes | None = None,
+) -> Notes:
     """Trains, and gives what the loop told."""
-    task, notes = task or planted(), Notes()
+    task, notes = task or planted(), notes or Notes()
     size = train_section.batch_size * train_section.accumulate
     timetable = train_section.timetable(steps_in_epoch(task.rows("train"), size))
-    train(trainee, task, train_section, timetable, 0, Engine(), notes)
+    train(trainee, task, train_section, timetable, 0, engine or Engine(), notes)
     return notes

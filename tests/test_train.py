@@ -16,7 +16,8 @@ from lorakit.adapter import Controller, Kept, Stage, Step
 from lorakit.data.batching import Batch
 from lorakit.errors import LorakitError, NotFiniteError
 from lorakit.timetable import Timetable
-from lorakit.train import Progress, Trainee, headline
+from lorakit.train import headline
+from lorakit.trainee import Progress, Trainee
 from lorakit.variants import lora
 from lorakit.variants.lora import LoRAConfig, LoRALinear
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from lorakit import optim
 from lorakit.adapter import Step
 from lorakit.errors import RecipeError
-from lorakit.train import Trainee
+from lorakit.trainee import Trainee
 from lorakit.variants.sora import ProximalGates, SoRAConfig
 
 

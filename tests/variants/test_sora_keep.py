@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from lorakit.adapter import Step
 from lorakit.errors import RecipeError
 from lorakit.target import Target, dying
-from lorakit.train import Trainee
+from lorakit.trainee import Trainee
 from lorakit.variants.sora import GatesToTarget, SoRAConfig, controller
 
 RANK = 16
