@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lorakit.disk import cache_root
 
 T = TypeVar("T")
-IN_MEMORY = 2**26
+IN_MEMORY = 2**22
 """Bytes of a column that are held in memory before it moves to a file."""
 
 

@@ -84,8 +84,8 @@ class RowTask(ABC, Generic[R]):
     def sample(self, split: str, count: int) -> Self:
         """The task with `count` rows of a split, the same at every call."""
         draw = torch.Generator().manual_seed(SAMPLE_SEED)
-        order = torch.randperm(len(self._rows(split).places), generator=draw).tolist()
-        return self._with_rows(split, sorted(order[:count]))
+        order = torch.randperm(len(self._rows(split).places), generator=draw)
+        return self._with_rows(split, sorted(order[:count].tolist()))
 
     def _with_rows(self, split: str, numbers: Iterable[int]) -> Self:
         rows = self._rows(split).take(numbers)
