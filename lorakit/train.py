@@ -43,7 +43,10 @@ class Observer(Protocol):
         """A checkpoint is due."""
 
     def stopping(self) -> bool:
-        """Whether the run was told to stop: the step at hand is its last, and is saved."""
+        """Whether the run was told to stop: the step at hand is its last, and is saved.
+
+        Several processes that must wait for their devices ask when they read what steps came to.
+        """
 
 
 def train(

@@ -105,12 +105,13 @@ def _of_steps(axis: str, found: Sequence[Row]) -> list[list[str]]:
 
 
 def _of_rows(found: Sequence[Row]) -> list[list[str]]:
-    lines = [["rows", "CPU seconds", "tokens reused", "peak MB", "tokens reused"]]
+    lines = [["rows"]]
+    for name in ("CPU seconds", "first step after s", "peak MB"):
+        lines[0] += [name, "tokens reused"]
     for count in dict.fromkeys(row["value"] for row in found):
         both = [row for row in found if row["value"] == count]
-        times = [f"{row['cpu_s']:.0f}" for row in both]
-        peaks = [f"{row['peak_mb']:,.0f}" for row in both]
-        lines.append([f"{count:,}", *times, *peaks])
+        told = [f"{row[key]:,.0f}" for key in ("cpu_s", "first_step_s", "peak_mb") for row in both]
+        lines.append([f"{count:,}", *told])
     return lines
 
 

@@ -55,6 +55,7 @@ def run(count: int, cached: bool, seconds: float) -> dict[str, Any]:
         "value": count,
         "cached": cached,
         "cpu_s": seconds,
+        "first_step_s": seconds - 2,
         "peak_mb": 1200.0,
     }
 
@@ -85,7 +86,7 @@ def test_of_a_point_measured_twice_the_last_numbers_are_told(tmp_path: Path) -> 
     assert scaling_report.ratio(measured) == "1.20 (1.20-1.20)"
     lines = scaling_report.tables(measured).splitlines()
     assert "| 16 | 37 | 500 (500-500) | 2,000 | 10 | 20 | 5.0 x |" in lines
-    assert "| 1,000,000 | 9 | 9 | 1,200 | 1,200 |" in lines
+    assert "| 1,000,000 | 9 | 9 | 7 | 7 | 1,200 | 1,200 |" in lines
 
 
 def test_the_picture_has_every_axis_and_asks_no_other_host_for_anything(tmp_path: Path) -> None:
