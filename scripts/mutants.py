@@ -89,7 +89,7 @@ MUTANTS = [
         'self.step, self.moved = state["steps"].tolist()',
         "pass",
         "controller's counters not restored",
-        LAWS,
+        SORA,
     ),
     Mutant(
         "variants/sora.py",

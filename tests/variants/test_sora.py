@@ -284,6 +284,20 @@ def test_ranks_are_settled_when_no_gate_has_died_or_come_back_for_a_tenth_of_the
     assert quiet == [15, 16, 17, 28, 29, 30]
 
 
+def test_a_resumed_run_knows_how_long_ranks_have_been_at_rest() -> None:
+    layers, controller = gates(config(xi=1e-9))
+    with torch.no_grad():
+        next(iter(layers.values())).g[0] = 0.0
+    for step in range(1, 12):
+        controller.after_step(at(step, 1e-2))
+    assert controller.settled()
+    _, resumed = gates(config(xi=1e-9))
+    assert not resumed.settled()
+    resumed.load_state_dict(controller.state_dict())
+    assert resumed.settled()
+    assert (resumed.step, resumed.moved) == (11, 1)
+
+
 def test_before_the_first_gate_dies_ranks_are_not_settled_unless_nothing_pushes_them() -> None:
     for xi, settled in ((1e-9, False), (0.0, True)):
         _, controller = gates(config(xi=xi))
