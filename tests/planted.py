@@ -5,12 +5,14 @@ A test bed, never shipped: every variant should find it, and one that learns ran
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit import optim, variants
 from lorakit.adapter import Adapter, VariantConfig
@@ -122,6 +124,28 @@ def planted(rows: int = 512, rank: int = 2) -> Planted:
     """Half of the rows to train on, half to score."""
     x = torch.randn(2 * rows, WIDTH, generator=torch.Generator().manual_seed(3))
     return Planted(x, teacher(rank)(x))
+
+
+class Poisoned(Planted):
+    """Row 7 has no answer."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = super().loss(model, batch)
+        return loss * float("nan") if 7 in batch.rows else loss
+
+
+class Calls(TorchDispatchMode):
+    """Counts the kernels that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Notes:

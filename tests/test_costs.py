@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import transformers
+from planted import Calls
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit import optim, variants
 from lorakit import recipe as recipes
@@ -66,20 +66,6 @@ def test_no_text_is_tokenized_once_steps_are_taken(
     assert step == 5
     assert 0 in calls  # training rows
     assert not [call for call in calls if call > 2]  # validation rows, when they are first scored
-
-
-class Calls(TorchDispatchMode):
-    """Counts the kernels that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def calls_in_a_step(recipe: Path, *overrides: str) -> tuple[Counter[str], Prepared]:

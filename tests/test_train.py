@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from planted import Notes, Planted, net, planted, pupil, section, taught
+from planted import Notes, Planted, Poisoned, net, planted, pupil, section, taught
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lorakit import optim
 from lorakit.adapter import Controller, Kept, Stage, Step
-from lorakit.data.batching import Batch
 from lorakit.errors import LorakitError, NotFiniteError
 from lorakit.timetable import Timetable
 from lorakit.train import headline
@@ -192,14 +191,6 @@ class Stubborn(Planted):
 
     def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         return {"loss": 1.0}
-
-
-class Poisoned(Planted):
-    """Row 7 has no answer."""
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        loss = super().loss(model, batch)
-        return loss * float("nan") if 7 in batch.rows else loss
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step_and_names_the_rows() -> None:

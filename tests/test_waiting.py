@@ -1,16 +1,12 @@
 """The loop beside a device that goes on by itself, as GPUs do: it is waited for when it must be."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from planted import Notes, Planted, planted, pupil, section, taught
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from planted import Calls, Notes, Poisoned, planted, pupil, section, taught
 
-from lorakit.data.batching import Batch
 from lorakit.engine import Engine, Sums
 from lorakit.errors import NotFiniteError
 from lorakit.trainee import Trainee
@@ -30,28 +26,6 @@ class Waiting(Engine):
     def read(self, steps: Sequence[Sums]) -> list[tuple[float, float]]:
         self.reads += [len(steps)] if steps else []
         return super().read(steps)
-
-
-class Poisoned(Planted):
-    """Row 7 has no answer."""
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        loss = super().loss(model, batch)
-        return loss * float("nan") if 7 in batch.rows else loss
-
-
-class Reads(TorchDispatchMode):
-    """Counts single numbers that are asked of tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def learner(settings: Any) -> Trainee:
@@ -82,9 +56,9 @@ def test_no_number_is_asked_for_between() -> None:
     for steps in (10, 30):
         settings = section(steps=steps, log_every=10)
         trainee = pupil(LORA, settings)
-        with Reads() as reads:
+        with Calls() as calls:
             taught(trainee, settings, engine=Waiting())
-        counted.append(reads.counts["_local_scalar_dense"])
+        counted.append(calls.counts["_local_scalar_dense"])
     rows_more, of_the_scores = 2, counted[0] - 1
     assert counted[1] == counted[0] + rows_more
     assert of_the_scores < 5
